@@ -1,0 +1,1 @@
+"""A Net becomes an ONNX file."""

@@ -1,0 +1,1 @@
+"""A file on disk becomes a Net; the only place that knows tracing."""

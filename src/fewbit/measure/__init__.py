@@ -1,0 +1,1 @@
+"""Accuracy, speed and host, each with its interval."""

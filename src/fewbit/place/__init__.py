@@ -1,0 +1,1 @@
+"""Which tensors get a quantizer, and of what kind."""

@@ -1,0 +1,1 @@
+"""Steps that bring a Net to canonical form before it is quantized."""

@@ -1,0 +1,66 @@
+"""Every method by name: one row each, loaded when asked for.
+
+A row is ``name -> "module:Class"``. Other packages add rows through the entry point group
+``fewbit.methods`` with names of the form ``kind.name``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from functools import cache
+from typing import Any, Literal, get_args
+
+from fewbit.errors import RecipeError, suggest
+
+Kind = Literal["steps", "ranges", "engines"]
+
+ROWS: dict[str, dict[str, str]] = {
+    "steps": {
+        "canonical": "fewbit.prepare.canonical:Canonical",
+        "fold_bn": "fewbit.prepare.fold_bn:FoldBN",
+        "place": "fewbit.place.place:Place",
+        "calibrate": "fewbit.ranges.calibrate:Calibrate",
+    },
+    "ranges": {
+        "minmax": "fewbit.ranges.minmax:MinMax",
+        "moving_average": "fewbit.ranges.moving_average:MovingAverage",
+        "percentile": "fewbit.ranges.percentile:Percentile",
+        "mse": "fewbit.ranges.mse:MSE",
+    },
+    "engines": {
+        "onnxruntime": "fewbit.engines.onnxruntime:OnnxRuntime",
+        "openvino": "fewbit.engines.openvino:OpenVino",
+        "reference": "fewbit.engines.reference:Reference",
+    },
+}
+
+
+@cache
+def rows(kind: Kind) -> dict[str, str]:
+    """Return the rows of a kind, those of other packages included."""
+    found = dict(ROWS[kind])
+    for point in importlib.metadata.entry_points(group="fewbit.methods"):
+        row_kind, _, name = point.name.partition(".")
+        if row_kind == kind and name not in found:
+            found[name] = point.value
+    return found
+
+
+def find(kind: Kind, name: str) -> Any:
+    """Return the class of a row.
+
+    Raises:
+        RecipeError: No row has this name.
+    """
+    known = rows(kind)
+    if name not in known:
+        near = suggest(name, known)
+        raise RecipeError(f"{kind}: no '{name}'{near}; there are {', '.join(known)}")
+    module, _, attribute = known[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def kinds() -> tuple[str, ...]:
+    """Return the names of the kinds."""
+    return get_args(Kind)

@@ -1,0 +1,1 @@
+"""Many recipes under a budget, every trial kept in a journal."""

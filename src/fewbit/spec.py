@@ -1,0 +1,152 @@
+"""What values each tensor may take: frozen data with a round trip to TOML and JSON, no tensors inside."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fewbit.errors import InputError, RecipeError, suggest
+
+Granularity = Literal["tensor", "channel"]
+Mode = Literal["static", "dynamic", "weights_only"]
+
+
+class Frozen(BaseModel):
+    """Frozen data: unknown keys are refused, equal content has an equal digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def digest(self) -> str:
+        """Return 12 hexadecimal digits that name the content."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_toml(self) -> str:
+        """Return the content as TOML; keys whose value is None are left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    @classmethod
+    def from_toml(cls, text: str, name: str = "text", error: type[InputError] = RecipeError) -> Self:
+        """Read the content back.
+
+        Args:
+            text: TOML.
+            name: What to call it in an error.
+            error: The class of error to raise.
+
+        Raises:
+            InputError: It does not parse, or has unknown or wrong keys (of class `error`).
+        """
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as reason:
+            raise error(f"{name}: is not TOML ({reason}); correct that line") from reason
+        return cls.from_data(data, name, error)
+
+    @classmethod
+    def from_data(cls, data: object, name: str = "data", error: type[InputError] = RecipeError) -> Self:
+        """Check plain data and build from it; raises like `from_toml`."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as reason:
+            raise error(f"{name}: {explain(reason, cls)}") from reason
+
+
+def explain(reason: ValidationError, model: type[BaseModel]) -> str:
+    """Say the first fault of a validation in one line: the key, what came, what is allowed.
+
+    An unknown key goes first: a key that is missing is often the same one, misspelt.
+    """
+    faults = reason.errors(include_url=False)
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(model, first["loc"][:-1])
+        near = suggest(str(first["loc"][-1]), known)
+        return f"unknown key '{place}'{near}; known here: {', '.join(sorted(known))}"
+    if first["type"] == "missing":
+        return f"key '{place}' is missing; add it"
+    came = "not given" if first["input"] is None else repr(first["input"])
+    return f"key '{place}' is {came}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    current: Any = model
+    for part in place:
+        if isinstance(part, int) or not hasattr(current, "model_fields") or part not in current.model_fields:
+            continue
+        annotation = current.model_fields[part].annotation
+        inner = [a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")]
+        current = inner[0] if inner else current
+    return list(current.model_fields)
+
+
+class QuantSpec(Frozen):
+    """The grid of one tensor.
+
+    Attributes:
+        bits: Width of a code, 2 to 8 for the uniform grid.
+        symmetric: Zero point fixed: 0 for signed codes; 0 for unsigned codes too.
+        signed: Signed codes; weights always are. For activations of a symmetric spec, a tensor that is
+            never negative takes unsigned codes all the same (after ReLU), which doubles its resolution.
+        granularity: One scale a tensor, or one an output channel (weights only).
+        grid: Name of the set of values, see `fewbit.grids`.
+    """
+
+    bits: int = Field(8, ge=1, le=8)
+    symmetric: bool = False
+    signed: bool = False
+    granularity: Granularity = "tensor"
+    grid: Literal["uniform"] = "uniform"
+
+    def code_range(self, unsigned: bool = False) -> tuple[int, int]:
+        """Return (qmin, qmax). Symmetric signed codes are restricted: never -2^(b-1).
+
+        >>> QuantSpec(bits=8, symmetric=True, signed=True).code_range()
+        (-127, 127)
+        >>> QuantSpec(bits=4).code_range()
+        (0, 15)
+        """
+        if not self.signed or unsigned:
+            return 0, 2**self.bits - 1
+        top = 2 ** (self.bits - 1) - 1
+        return (-top if self.symmetric else -top - 1), top
+
+
+class Rule(Frozen):
+    """An exception to a Scheme for the layers that it matches.
+
+    Attributes:
+        match: A layer's name, a glob over names ("layer1.*"), or "first" / "last" (the first or last
+            convolution or matrix product).
+        keep_float: Leave these layers in float.
+        weights: The grid of their weights, where it differs.
+        activations: The grid of their outputs, where it differs.
+    """
+
+    match: str
+    keep_float: bool = False
+    weights: QuantSpec | None = None
+    activations: QuantSpec | None = None
+
+
+class Scheme(Frozen):
+    """Which values each tensor of a network may take.
+
+    Attributes:
+        mode: "static" (activation grids fixed by calibration), "dynamic" (taken from each sample at run
+            time, never over the batch), or "weights_only" (arithmetic stays in float).
+        weights: The grid of weights.
+        activations: The grid of activations; the Target may narrow it to what its engine runs fast.
+        rules: Exceptions; the first that matches a layer holds.
+    """
+
+    mode: Mode = "static"
+    weights: QuantSpec = QuantSpec(bits=8, symmetric=True, signed=True, granularity="channel")
+    activations: QuantSpec = QuantSpec(bits=8)
+    rules: tuple[Rule, ...] = ()
