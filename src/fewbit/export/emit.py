@@ -1,0 +1,294 @@
+"""One table: the ONNX nodes of each kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from fewbit import ops
+from fewbit.errors import NetworkError
+from fewbit.net import Layer
+
+Emit = Callable[["Emitter", Layer, list[ir.Value]], ir.Value]
+EMITTERS: dict[str, Emit] = {}
+
+
+class Emitter:
+    """Collects the nodes and initializers of an ONNX graph; every name comes from a layer's name."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+
+    def constant(self, name: str, value: ArrayLike | Tensor, dtype: Any = np.float32) -> ir.Value:
+        """Return an initializer, made once for each name."""
+        if name not in self.initializers:
+            array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+            tensor = ir.tensor(np.array(array, dtype, order="C"), name=name)
+            self.initializers[name] = ir.Value(
+                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+            )
+        return self.initializers[name]
+
+    def add(
+        self, op: str, name: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **attributes: Any
+    ) -> ir.Value:
+        """Add a node and return its (first) output, which has the node's name."""
+        values = [ir.Value(name=name if i == 0 else f"{name}:{i}") for i in range(outputs)]
+        self.nodes.append(ir.node(op, inputs, attributes=attributes, outputs=values, name=name))
+        return values[0]
+
+    def layer(self, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+        """Add the nodes of one layer.
+
+        Raises:
+            NetworkError: No row of the table stands for its kind.
+        """
+        if layer.kind not in EMITTERS:
+            raise NetworkError(f"layer '{layer.name}': kind {layer.kind} cannot be exported; report it")
+        return EMITTERS[layer.kind](self, layer, inputs)
+
+
+def emits(kind: str) -> Callable[[Emit], Emit]:
+    """Enter the emitter of a kind."""
+
+    def enter(emit: Emit) -> Emit:
+        EMITTERS[kind] = emit
+        return emit
+
+    return enter
+
+
+def _plain(kind: str, op: str, attributes: Callable[[Any], dict[str, Any]] = lambda m: {}) -> None:
+    def emit(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+        return e.add(op, layer.name, inputs, **attributes(layer.module))
+
+    EMITTERS[kind] = emit
+
+
+def _pair(value: Any) -> list[int]:
+    return [int(value)] * 2 if isinstance(value, int) else [int(v) for v in value]
+
+
+def _pool(m: Any) -> dict[str, Any]:
+    rows, columns = _pair(m.padding)
+    return {
+        "kernel_shape": _pair(m.kernel_size),
+        "strides": _pair(m.stride if m.stride is not None else m.kernel_size),
+        "pads": [rows, columns, rows, columns],
+        "ceil_mode": int(m.ceil_mode),
+    }
+
+
+def conv_attributes(conv: nn.Conv2d) -> dict[str, Any]:
+    """Return the attributes of a convolution's node."""
+    return {
+        "kernel_shape": _pair(conv.kernel_size),
+        "strides": _pair(conv.stride),
+        "pads": list(ops.pads_of(conv)),
+        "dilations": _pair(conv.dilation),
+        "group": int(conv.groups),
+    }
+
+
+_plain("Relu", "Relu")
+_plain("Sigmoid", "Sigmoid")
+_plain("Tanh", "Tanh")
+_plain("HardSwish", "HardSwish")
+_plain("Mish", "Mish")
+_plain("Softplus", "Softplus")
+_plain("Add", "Add")
+_plain("Sub", "Sub")
+_plain("Mul", "Mul")
+_plain("Div", "Div")
+_plain("MatMul", "MatMul")
+_plain("Identity", "Identity")
+_plain("Dropout", "Identity")
+_plain("DropPath", "Identity")
+_plain("GlobalAvgPool", "GlobalAveragePool")
+_plain("HardSigmoid", "HardSigmoid", lambda m: {"alpha": 1 / 6, "beta": 0.5})
+_plain("LeakyRelu", "LeakyRelu", lambda m: {"alpha": float(m.negative_slope)})
+_plain("Elu", "Elu", lambda m: {"alpha": float(m.alpha)})
+_plain("Gelu", "Gelu", lambda m: {"approximate": m.approximate})
+_plain("Softmax", "Softmax", lambda m: {"axis": int(m.dim)})
+_plain("Concat", "Concat", lambda m: {"axis": int(m.dim)})
+_plain("Permute", "Transpose", lambda m: {"perm": list(m.dims)})
+_plain("MaxPool", "MaxPool", lambda m: _pool(m) | {"dilations": _pair(m.dilation)})
+_plain("AvgPool", "AveragePool", lambda m: _pool(m) | {"count_include_pad": int(m.count_include_pad)})
+_plain(
+    "LRN",
+    "LRN",
+    lambda m: {"size": int(m.size), "alpha": float(m.alpha), "beta": float(m.beta), "bias": float(m.k)},
+)
+
+
+@emits("Conv")
+def _conv(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    conv = layer.module
+    assert isinstance(conv, nn.Conv2d)
+    parameters = [e.constant(f"{layer.name}.weight", conv.weight)]
+    if conv.bias is not None:
+        parameters.append(e.constant(f"{layer.name}.bias", conv.bias))
+    return e.add("Conv", layer.name, [*inputs, *parameters], **conv_attributes(conv))
+
+
+@emits("ConvTranspose")
+def _conv_transpose(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    conv = layer.module
+    assert isinstance(conv, nn.ConvTranspose2d)
+    parameters = [e.constant(f"{layer.name}.weight", conv.weight)]
+    if conv.bias is not None:
+        parameters.append(e.constant(f"{layer.name}.bias", conv.bias))
+    rows, columns = _pair(conv.padding)
+    return e.add(
+        "ConvTranspose",
+        layer.name,
+        [*inputs, *parameters],
+        kernel_shape=_pair(conv.kernel_size),
+        strides=_pair(conv.stride),
+        pads=[rows, columns, rows, columns],
+        output_padding=_pair(conv.output_padding),
+        dilations=_pair(conv.dilation),
+        group=int(conv.groups),
+    )
+
+
+@emits("Linear")
+def _linear(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    linear = layer.module
+    assert isinstance(linear, nn.Linear)
+    weight = e.constant(f"{layer.name}.weight", linear.weight)
+    bias = [] if linear.bias is None else [e.constant(f"{layer.name}.bias", linear.bias)]
+    return e.add("Gemm", layer.name, [*inputs, weight, *bias], transB=1)
+
+
+@emits("BatchNorm")
+def _batch_norm(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    norm: Any = layer.module
+    count = norm.num_features
+    parts = {
+        "weight": norm.weight if norm.weight is not None else np.ones(count),
+        "bias": norm.bias if norm.bias is not None else np.zeros(count),
+        "mean": norm.running_mean,
+        "var": norm.running_var,
+    }
+    constants = [e.constant(f"{layer.name}.{key}", value) for key, value in parts.items()]
+    return e.add("BatchNormalization", layer.name, [*inputs, *constants], epsilon=float(norm.eps))
+
+
+@emits("LayerNorm")
+def _layer_norm(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    norm: Any = layer.module
+    shape = tuple(norm.normalized_shape)
+    scale = e.constant(f"{layer.name}.weight", np.ones(shape) if norm.weight is None else norm.weight)
+    shift = [] if norm.bias is None else [e.constant(f"{layer.name}.bias", norm.bias)]
+    return e.add(
+        "LayerNormalization", layer.name, [*inputs, scale, *shift], axis=-len(shape), epsilon=float(norm.eps)
+    )
+
+
+@emits("LayerNorm2d")
+def _layer_norm_2d(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    norm: Any = layer.module
+    parameters = [e.constant(f"{layer.name}.weight", norm.weight), e.constant(f"{layer.name}.bias", norm.bias)]
+    rows = e.add("Transpose", f"{layer.name}.nhwc", inputs, perm=[0, 2, 3, 1])
+    normal = e.add(
+        "LayerNormalization", f"{layer.name}.norm", [rows, *parameters], axis=-1, epsilon=float(norm.eps)
+    )
+    return e.add("Transpose", layer.name, [normal], perm=[0, 3, 1, 2])
+
+
+@emits("Clip")
+def _clip(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    clip: Any = layer.module
+    limits = [
+        e.constant(f"{layer.name}.{key}", np.float32(value)) if np.isfinite(value) else None
+        for key, value in (("low", clip.low), ("high", clip.high))
+    ]
+    return e.add("Clip", layer.name, [*inputs, *limits])
+
+
+@emits("PRelu")
+def _prelu(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    slope: Any = layer.module.weight
+    return e.add("PRelu", layer.name, [*inputs, e.constant(f"{layer.name}.weight", slope.reshape(-1, 1, 1))])
+
+
+@emits("Silu")
+def _silu(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    gate = e.add("Sigmoid", f"{layer.name}.sigmoid", inputs)
+    return e.add("Mul", layer.name, [*inputs, gate])
+
+
+@emits("Affine")
+def _affine(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    module: Any = layer.module
+    (value,) = inputs
+    if module.scale is not None:
+        name = layer.name if module.shift is None else f"{layer.name}.scaled"
+        value = e.add("Mul", name, [value, e.constant(f"{layer.name}.scale", module.scale)])
+    if module.shift is not None:
+        value = e.add("Add", layer.name, [value, e.constant(f"{layer.name}.shift", module.shift)])
+    return value
+
+
+@emits("Mean")
+def _mean(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    mean: Any = layer.module
+    axes = e.constant(f"{layer.name}.axes", list(mean.dims), np.int64)
+    return e.add("ReduceMean", layer.name, [*inputs, axes], keepdims=int(mean.keepdim))
+
+
+@emits("Flatten")
+def _flatten(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    return e.add("Flatten", layer.name, inputs, axis=1)
+
+
+@emits("Reshape")
+def _reshape(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    reshape: Any = layer.module
+    return e.add("Reshape", layer.name, [*inputs, e.constant(f"{layer.name}.shape", list(reshape.shape), np.int64)])
+
+
+@emits("Pad")
+def _pad(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    pad: Any = layer.module
+    amounts = [before for before, _ in pad.pads] + [after for _, after in pad.pads]
+    return e.add(
+        "Pad",
+        layer.name,
+        [*inputs, e.constant(f"{layer.name}.pads", amounts, np.int64), e.constant(f"{layer.name}.value", pad.value)],
+    )
+
+
+@emits("Slice")
+def _slice(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    part: Any = layer.module
+    far = np.iinfo(np.int64).max
+    columns = {
+        "starts": [start for start, _, _ in part.ranges.values()],
+        "ends": [far if stop is None else stop for _, stop, _ in part.ranges.values()],
+        "axes": list(part.ranges),
+        "steps": [step for _, _, step in part.ranges.values()],
+    }
+    constants = [e.constant(f"{layer.name}.{key}", value, np.int64) for key, value in columns.items()]
+    return e.add("Slice", layer.name, [*inputs, *constants])
+
+
+@emits("Upsample")
+def _upsample(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    factor: Any = layer.module.factor
+    scales = e.constant(f"{layer.name}.scales", [1.0, 1.0, float(factor[0]), float(factor[1])])
+    return e.add(
+        "Resize",
+        layer.name,
+        [*inputs, None, scales],
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )

@@ -1,0 +1,122 @@
+"""Export: a Net becomes an ONNX file, the same bytes each time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import fx
+
+from fewbit import __version__
+from fewbit.errors import RecipeError
+from fewbit.export.emit import Emitter
+from fewbit.export.qdq import dynamic_codes, dynamic_layer, quantize_activation, quantized_layer
+from fewbit.files import write_atomically
+from fewbit.net import Layer, Net
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLinear, Quantizer
+from fewbit.place.targets import Target
+from fewbit.ranges.calibrate import input_quantizer
+
+OPSET = 21
+IR_VERSION = 10
+
+
+def export_onnx(
+    net: Net, path: Path, target: Target | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a Net as ONNX: input "input" float32 (N, C, H, W), output "logits" (N, classes), any N.
+
+    Each node has the name of its layer, each quantized tensor the name of its layer with ":q" behind it.
+
+    Args:
+        net: Float, or quantized and calibrated.
+        path: The file; it is replaced in one step.
+        target: The engine it is for; ONNX Runtime wants unsigned activation codes everywhere.
+        metadata: Further facts for the file's metadata.
+
+    Raises:
+        RecipeError: The Net has quantizers without a grid.
+        OutputError: The file cannot be written.
+    """
+    model = build_onnx(net, target, metadata)
+    data = ir.to_proto(model).SerializeToString(deterministic=True)
+    with write_atomically(path) as beside:
+        beside.write_bytes(data)
+
+
+def build_onnx(net: Net, target: Target | None = None, metadata: Mapping[str, str] | None = None) -> ir.Model:
+    """Return the model that `export_onnx` writes."""
+    if "placed" in net.facts and "calibrated" not in net.facts:
+        raise RecipeError(f"{net.name}: is placed but not calibrated; put the step 'calibrate' before the export")
+    emitter = Emitter()
+    float32 = ir.TensorType(ir.DataType.FLOAT)
+    image = ir.Value(name="input", type=float32, shape=ir.Shape(["N", *net.input_size]))
+    result = _Walk(net, emitter, image, target).run()
+    result.name, result.type, result.shape = "logits", float32, ir.Shape(["N", net.classes])
+    graph = ir.Graph(
+        inputs=[image],
+        outputs=[result],
+        nodes=emitter.nodes,
+        initializers=list(emitter.initializers.values()),
+        opset_imports={"": OPSET},
+        name=net.name,
+    )
+    facts = {"fewbit.version": __version__, "fewbit.network": net.name, "fewbit.activations": _scope(net)}
+    facts |= {f"fewbit.{key}": value for key, value in (metadata or {}).items()}
+    return ir.Model(
+        graph, ir_version=IR_VERSION, producer_name="fewbit", producer_version=__version__, metadata_props=facts
+    )
+
+
+def _scope(net: Net) -> str:
+    """Say over what the parameters of activations are taken."""
+    modules = [layer.module for layer in net.layers()]
+    if any(isinstance(module, DynamicQuantizer) for module in modules):
+        return "dynamic-sample"
+    return "static" if any(isinstance(module, Quantizer) for module in modules) else "float"
+
+
+class _Walk:
+    """Visits the graph in order and keeps each node's ONNX value."""
+
+    def __init__(self, net: Net, emitter: Emitter, image: ir.Value, target: Target | None) -> None:
+        self.net, self.emitter = net, emitter
+        self.container = "unsigned" if target is not None and not target.symmetric_activations else "auto"
+        self.values: dict[fx.Node, ir.Value] = {}
+        self.dynamic: dict[fx.Node, tuple[ir.Value, ir.Value]] = {}
+        self.layers = {layer.node: layer for layer in net.layers()}
+        self.image = image
+
+    def run(self) -> ir.Value:
+        """Emit every layer and return the value of the logits."""
+        for node in self.net.graph.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self.image
+            elif node.op == "output":
+                return self.values[node.args[0]]
+            else:
+                self.values[node] = self._emit(self.layers[node])
+        raise AssertionError("a graph has an output")
+
+    def _emit(self, layer: Layer) -> ir.Value:
+        inputs = [self.values[source] for source in layer.node.args if isinstance(source, fx.Node)]
+        module, e = layer.module, self.emitter
+        if isinstance(module, Quantizer):
+            return quantize_activation(e, module, layer, inputs[0], self.container)
+        if isinstance(module, DynamicQuantizer):
+            self.dynamic[layer.node] = dynamic_codes(e, module, layer, inputs[0], self._rank(layer))
+            return self.dynamic[layer.node][0]
+        if not isinstance(module, QuantConv2d | QuantLinear):
+            return e.layer(layer, inputs)
+        reads = input_quantizer(self.net, layer.node)
+        if isinstance(reads, DynamicQuantizer):
+            source = layer.node.args[0]
+            assert isinstance(source, fx.Node)
+            return dynamic_layer(e, layer, *self.dynamic[source])
+        return quantized_layer(e, layer, inputs[0], reads)
+
+    def _rank(self, layer: Layer) -> int:
+        """Return the rank of a quantized tensor, by what reads it."""
+        readers = [self.layers[user].kind for user in layer.node.users if user in self.layers]
+        return 4 if "Conv" in readers else 2

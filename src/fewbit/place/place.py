@@ -1,0 +1,260 @@
+"""Placing: which tensors get a quantizer, from Scheme and Target."""
+
+from __future__ import annotations
+
+import fnmatch
+
+from torch import fx, nn
+
+from fewbit import ops
+from fewbit.errors import RecipeError, suggest
+from fewbit.net import Layer, Net, add_layer
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLinear, Quantizer
+from fewbit.place.targets import Target
+from fewbit.spec import QuantSpec, Rule, Scheme
+from fewbit.step import Context, Step, StepReport
+
+_MATRIX = ("Conv", "Linear")
+
+
+class Place(Step):
+    """Put quantizers where the Target's engine computes in integers, and nowhere else.
+
+    A tensor is quantized when a convolution or matrix product in integers reads it, directly or through
+    layers that the engine runs in integers. No quantizer stands between a layer and the activation that
+    its kernel fuses. Layers that move or select values, and concatenations, share one quantizer between
+    their inputs and their output, so their ranges are equal by construction.
+    """
+
+    needs = frozenset({"canonical"})
+    gives = frozenset({"placed"})
+
+    def __call__(self, net: Net, context: Context) -> StepReport:
+        """Place in place."""
+        if context.target.splits_silu and context.scheme.mode == "static":
+            _split_silu(net)
+        plan = _Plan(net, context.scheme, context.target)
+        matrices = [layer for layer in net.layers() if layer.name in plan.integer]
+        for layer in matrices:
+            _quantize_weight(net, layer, plan.weight_spec(layer.name))
+        if context.scheme.mode == "static":
+            changed = _place_static(net, plan)
+        elif context.scheme.mode == "dynamic":
+            changed = _place_dynamic(net, plan, matrices)
+        else:
+            changed = 0
+        net.refresh()
+        return StepReport(step="place", changed=changed + len(matrices), notes=plan.notes())
+
+
+class _Plan:
+    """Which layers run in integers, and by which rules."""
+
+    def __init__(self, net: Net, scheme: Scheme, target: Target) -> None:
+        self.net, self.scheme, self.target = net, scheme, target
+        self.layers = {layer.node: layer for layer in net.layers()}
+        self.matrices = [layer.name for layer in self.layers.values() if layer.kind in _MATRIX]
+        self._check_rules()
+        self.integer = {
+            name for name in self.matrices if not (rule := self.rule(name)) or not rule.keep_float
+        }
+        self.wanted: dict[fx.Node, bool] = {}
+        fused = {kind for kinds in target.fuses.values() for kind in kinds}
+        self.through = target.integer_kinds | target.sharing_kinds | fused
+
+    def _check_rules(self) -> None:
+        names = [layer.name for layer in self.layers.values()]
+        for rule in self.scheme.rules:
+            if rule.match not in ("first", "last") and not fnmatch.filter(names, rule.match):
+                raise RecipeError(
+                    f"rule '{rule.match}'{suggest(rule.match, names)}: no layer of {self.net.name} matches; "
+                    "`fewbit inspect` lists them"
+                )
+
+    def rule(self, name: str) -> Rule | None:
+        """Return the first rule that matches a layer."""
+        for rule in self.scheme.rules:
+            ends = {"first": self.matrices[:1], "last": self.matrices[-1:]}.get(rule.match)
+            if name in ends if ends is not None else fnmatch.fnmatchcase(name, rule.match):
+                return rule
+        return None
+
+    def weight_spec(self, name: str) -> QuantSpec:
+        """Return the grid of a layer's weights."""
+        rule = self.rule(name)
+        return rule.weights if rule is not None and rule.weights is not None else self.scheme.weights
+
+    def activation_spec(self, name: str) -> QuantSpec:
+        """Return the grid of a layer's output, narrowed to what the Target runs fast."""
+        rule = self.rule(name)
+        chosen = rule.activations if rule is not None and rule.activations is not None else None
+        spec = chosen or self.scheme.activations
+        if self.target.symmetric_activations:
+            return spec.model_copy(update={"symmetric": True, "signed": True})
+        return spec
+
+    def keeps_float(self, layer: Layer) -> bool:
+        """Tell whether a rule leaves this layer in float."""
+        rule = self.rule(layer.name)
+        return rule is not None and rule.keep_float
+
+    def fused_into(self, node: fx.Node) -> fx.Node | None:
+        """Return the activation behind a node that the engine computes in the same kernel."""
+        layer = self.layers.get(node)
+        if layer is None or len(node.users) != 1:
+            return None
+        user = next(iter(node.users))
+        after = self.layers.get(user)
+        if after is not None and after.kind in self.target.fuses.get(layer.kind, ()):
+            return user
+        return None
+
+    def residual_of(self, node: fx.Node) -> bool:
+        """Tell whether a convolution's result goes straight into the sum that alone reads it, in float."""
+        layer = self.layers.get(node)
+        if not self.target.fuses_residual or layer is None or layer.kind != "Conv" or len(node.users) != 1:
+            return False
+        user = self.layers.get(next(iter(node.users)))
+        if user is None or user.kind != "Add":
+            return False
+        first = next((a for a in user.node.args if self._is_lone_conv(a)), None)
+        return first is node
+
+    def _is_lone_conv(self, node: object) -> bool:
+        if not isinstance(node, fx.Node):
+            return False
+        layer = self.layers.get(node)
+        return layer is not None and layer.kind == "Conv" and len(node.users) == 1
+
+    def is_wanted(self, node: fx.Node) -> bool:
+        """Tell whether integers read a node's value, directly or through layers that run in integers."""
+        if node not in self.wanted:
+            self.wanted[node] = False  # graphs have no cycles; this only guards the recursion
+            self.wanted[node] = any(self._passes(user) for user in node.users)
+        return self.wanted[node]
+
+    def _passes(self, user: fx.Node) -> bool:
+        layer = self.layers.get(user)
+        if layer is None:
+            return False
+        if layer.kind in _MATRIX:
+            return layer.name in self.integer
+        if self.keeps_float(layer):
+            return False
+        return layer.kind in self.through and self.is_wanted(user)
+
+    def notes(self) -> tuple[str, ...]:
+        """Say which layers stay in float."""
+        left = [name for name in self.matrices if name not in self.integer]
+        return (f"left in float: {', '.join(left)}",) if left else ()
+
+
+def _quantize_weight(net: Net, layer: Layer, spec: QuantSpec) -> None:
+    module: nn.Module
+    if isinstance(layer.module, nn.Conv2d):
+        module = QuantConv2d(layer.module, spec, layer.name)
+    else:
+        assert isinstance(layer.module, nn.Linear)
+        module = QuantLinear(layer.module, spec, layer.name)
+    parent, _, leaf = layer.name.rpartition(".")
+    setattr(net.graph.get_submodule(parent), leaf, module)
+
+
+def _place_dynamic(net: Net, plan: _Plan, matrices: list[Layer]) -> int:
+    """Put a quantizer with run-time parameters in front of each matrix product, one for each tensor."""
+    made: dict[fx.Node, fx.Node] = {}
+    for layer in matrices:
+        source = layer.node.args[0]
+        assert isinstance(source, fx.Node)
+        if source not in made:
+            spec = plan.activation_spec(layer.name)
+            with net.graph.graph.inserting_after(source):
+                name = f"quantizers.{source.name}"
+                made[source] = add_layer(net.graph, name, DynamicQuantizer(spec, source.name), source)
+        layer.node.replace_input_with(source, made[source])
+    return len(made)
+
+
+def _place_static(net: Net, plan: _Plan) -> int:
+    tails = _tails(net, plan)
+    groups = _share(net, plan, tails)
+    made: dict[fx.Node, Quantizer] = {}
+    count = 0
+    for node in tails:
+        root = groups[node]
+        first = root not in made
+        if first:
+            layer = plan.layers.get(root)
+            made[root] = Quantizer(plan.activation_spec(layer.name if layer else "input"), root.name)
+            net.graph.add_submodule(f"quantizers.{root.name}", made[root])
+        users = list(node.users)
+        with net.graph.graph.inserting_after(node):
+            quantizer = net.graph.graph.call_module(f"quantizers.{root.name}", (node,))
+        for user in users:
+            user.replace_input_with(node, quantizer)
+        count += first
+    return count
+
+
+def _tails(net: Net, plan: _Plan) -> list[fx.Node]:
+    """Return the nodes whose values are quantized, in the order in which they run."""
+    tails: list[fx.Node] = []
+    quantized: set[fx.Node] = set()
+    behind: dict[fx.Node, bool] = {}
+    for node in net.graph.graph.nodes:
+        if node.op not in ("placeholder", "call_module"):
+            continue
+        layer = plan.layers.get(node)
+        forced = (
+            layer is not None
+            and plan.target.quantizes_output
+            and (behind.pop(node, False) or (layer.kind == "Conv" and layer.name in plan.integer))
+        )
+        fused = plan.fused_into(node)
+        if fused is not None:
+            behind[fused] = forced
+            continue
+        keeps = layer is not None and layer.kind in plan.target.sharing_kinds
+        carried = keeps and node.args[0] in quantized and not _ends(node)
+        if (plan.is_wanted(node) and not plan.residual_of(node)) or forced or carried:
+            tails.append(node)
+            quantized.add(node)
+    return tails
+
+
+def _ends(node: fx.Node) -> bool:
+    return all(user.op == "output" for user in node.users)
+
+
+def _share(net: Net, plan: _Plan, tails: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Return, for each quantized node, the node whose quantizer it shares."""
+    root: dict[fx.Node, fx.Node] = {node: node for node in tails}
+
+    def find(node: fx.Node) -> fx.Node:
+        while root[node] is not node:
+            node = root[node]
+        return node
+
+    for node in tails:
+        layer = plan.layers.get(node)
+        if layer is None or layer.kind not in plan.target.sharing_kinds | {"Concat"}:
+            continue
+        for source in node.all_input_nodes:
+            if source in root:
+                root[find(source)] = find(node)
+    return {node: find(node) for node in tails}
+
+
+def _split_silu(net: Net) -> None:
+    """Write x * sigmoid(x) out, so that each half gets its own quantizer."""
+    for layer in net.layers():
+        if layer.kind != "Silu":
+            continue
+        source = layer.node.args[0]
+        assert isinstance(source, fx.Node)
+        with net.graph.graph.inserting_before(layer.node):
+            gate = add_layer(net.graph, f"{layer.name}.sigmoid", nn.Sigmoid(), source)
+            product = add_layer(net.graph, f"{layer.name}.mul", ops.Mul(), source, gate)
+        layer.node.replace_all_uses_with(product)
+        net.graph.graph.erase_node(layer.node)
+    net.refresh()

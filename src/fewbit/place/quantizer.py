@@ -1,0 +1,181 @@
+"""Quantizers: what rounds a tensor to its grid in the torch simulation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewbit import ops
+from fewbit.errors import RecipeError
+from fewbit.numerics import affine_parameters, symmetric_scale
+from fewbit.spec import QuantSpec
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Round to the grid forward; backward pass the gradient where the value was inside the range."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        codes = torch.round(x / scale) + zero_point
+        ctx.save_for_backward((codes >= qmin) & (codes <= qmax))
+        return (codes.clamp(qmin, qmax) - zero_point) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None, None, None
+
+
+class Quantizer(nn.Module):
+    """Rounds a tensor to a uniform grid, r = S (clamp(round(x / S) + Z, qmin, qmax) - Z).
+
+    Rounding is to nearest, ties to even, in float32, as ONNX QuantizeLinear does. The gradient passes
+    straight through inside the range.
+
+    Args:
+        spec: The grid.
+        name: The tensor that it quantizes, for messages.
+        axis: Of the channels where the scale is per channel.
+        weight: It quantizes a weight: codes stay signed even where no value is negative.
+
+    Attributes:
+        scale: float32, shape () or (channels,).
+        zero_point: float32 with whole values, the same shape.
+        qmin, qmax: Codes used.
+        unsigned: Codes are stored as uint8, else int8.
+        ready: It has a grid.
+        enabled: Off, it passes its input through.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: QuantSpec, name: str, axis: int = 0, weight: bool = False) -> None:
+        super().__init__()
+        self.spec, self.name, self.axis, self.weight = spec, name, axis, weight
+        self.qmin, self.qmax = spec.code_range()
+        self.unsigned = not spec.signed
+        self.ready, self.enabled = False, True
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    def set_range(self, low: Any, high: Any) -> None:
+        """Take the grid that covers [low, high]; arrays for a scale per channel.
+
+        A symmetric grid of an activation that is never negative takes unsigned codes.
+        """
+        low64, high64 = np.asarray(low, np.float64), np.asarray(high, np.float64)
+        if not (np.isfinite(low64).all() and np.isfinite(high64).all()):
+            raise RecipeError(f"tensor '{self.name}': range [{low}, {high}] is not finite; check the images and weights")
+        if self.spec.symmetric:
+            self.unsigned = not self.weight and bool((low64 >= 0).all())
+            self.qmin, self.qmax = self.spec.code_range(unsigned=self.unsigned)
+            scale = symmetric_scale(low64, high64, self.qmax, not self.unsigned, self.name)
+            self._take(scale, np.zeros_like(scale))
+        else:
+            self._take(*affine_parameters(low64, high64, self.qmin, self.qmax, self.name))
+
+    def _take(self, scale: Any, zero_point: Any) -> None:
+        device = self.scale.device
+        self.scale = torch.as_tensor(np.asarray(scale, np.float32), device=device)
+        self.zero_point = torch.as_tensor(np.asarray(zero_point, np.float32), device=device)
+        self.ready = True
+
+    def _spread(self, value: Tensor, rank: int) -> Tensor:
+        if value.dim() == 0:
+            return value
+        shape = [1] * rank
+        shape[self.axis] = -1
+        return value.reshape(shape)
+
+    def grid(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return (scale, zero point) shaped to broadcast over a tensor of that rank."""
+        if not self.ready:
+            raise RecipeError(f"tensor '{self.name}': has no grid yet; put the step 'calibrate' before")
+        return self._spread(self.scale, rank), self._spread(self.zero_point, rank)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the codes of x, float32 with whole values."""
+        scale, zero_point = self.grid(x.dim())
+        return (torch.round(x / scale) + zero_point).clamp(self.qmin, self.qmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x rounded to the grid; x itself when off."""
+        if not self.enabled:
+            return x
+        scale, zero_point = self.grid(x.dim())
+        rounded: Tensor = _StraightThrough.apply(x, scale, zero_point, self.qmin, self.qmax)
+        return rounded
+
+    def range(self) -> tuple[float, float]:
+        """Return the lowest and highest value of the grid."""
+        low = (self.qmin - self.zero_point) * self.scale
+        high = (self.qmax - self.zero_point) * self.scale
+        return float(low.min()), float(high.max())
+
+    def extra_repr(self) -> str:
+        """Show the grid."""
+        return f"{self.name}, {self.spec.bits} bits, {'u' if self.unsigned else 's'}[{self.qmin}, {self.qmax}]"
+
+
+class DynamicQuantizer(nn.Module):
+    """Rounds each sample to a grid of its own, S_n = max |x_n| / qmax, taken at run time.
+
+    Parameters are never taken over the batch: they would carry one sample's values into another's result.
+    Codes are symmetric, so that a padded zero is the code 0 (or 128 in the unsigned container) for every
+    sample alike.
+
+    Source: Foerster et al., "Quantamination", 2026, arXiv 2604.26505 (why per sample).
+    """
+
+    def __init__(self, spec: QuantSpec, name: str) -> None:
+        super().__init__()
+        self.spec, self.name, self.enabled = spec, name, True
+        self.qmax = 2 ** (spec.bits - 1) - 1
+
+    def scales(self, x: Tensor) -> Tensor:
+        """Return one scale for each sample, shaped to broadcast over x."""
+        peaks = x.detach().abs().flatten(1).amax(1).cpu().numpy()
+        scales = symmetric_scale(-peaks, peaks, self.qmax, True, self.name)
+        return torch.as_tensor(scales, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with each sample rounded to its own grid."""
+        if not self.enabled:
+            return x
+        rounded: Tensor = _StraightThrough.apply(
+            x, self.scales(x), torch.zeros((), device=x.device), -self.qmax, self.qmax
+        )
+        return rounded
+
+
+class QuantConv2d(ops.Conv2d):
+    """A convolution whose weight is rounded to a grid."""
+
+    def __init__(self, conv: nn.Conv2d, spec: QuantSpec, name: str) -> None:
+        super().__init__(conv, ops.pads_of(conv))
+        self.weight_quantizer = Quantizer(spec, f"{name}.weight", weight=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of (N, C, H, W) with the rounded weight."""
+        return ops.convolve(x, self.weight_quantizer(self.weight), self.bias, self)
+
+
+class QuantLinear(nn.Linear):
+    """A matrix product whose weight is rounded to a grid."""
+
+    def __init__(self, linear: nn.Linear, spec: QuantSpec, name: str) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.training = linear.training
+        self.weight_quantizer = Quantizer(spec, f"{name}.weight", weight=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W' + b with the rounded weight, (N, I) -> (N, O)."""
+        return nn.functional.linear(x, self.weight_quantizer(self.weight), self.bias)
+
+
+QuantLayer = QuantConv2d | QuantLinear

@@ -1,0 +1,76 @@
+"""Targets: what each engine accepts and runs fast.
+
+What stands here was read off the optimised graphs of the engines, and the tests read it off again.
+"""
+
+from __future__ import annotations
+
+from fewbit.errors import RecipeError, suggest
+from fewbit.spec import Frozen
+
+_SHARING = frozenset({"MaxPool", "Flatten", "Reshape", "Permute", "Slice", "Pad", "Upsample"})
+
+
+class Target(Frozen):
+    """What an engine accepts and runs fast.
+
+    Attributes:
+        name: The engine's name.
+        symmetric_activations: Activations take zero point 0: unsigned codes where a tensor is never
+            negative, signed codes elsewhere. Else unsigned codes with a zero point everywhere.
+        fuses: For each kind of producer, the activations that the engine computes inside its kernel, so
+            that no quantizer may stand between them.
+        integer_kinds: Kinds besides convolutions and matrix products that the engine runs in integers.
+        sharing_kinds: Kinds that move or select values: their output shares the quantizer of their input.
+        quantizes_output: A convolution runs in integers only with a quantizer behind it.
+        fuses_residual: The engine adds a residual inside the convolution's kernel, in float, so no
+            quantizer stands between a convolution and the sum that alone reads it.
+        splits_silu: The engine runs SiLU in integers only as a sigmoid and a product.
+    """
+
+    name: str
+    symmetric_activations: bool
+    fuses: dict[str, tuple[str, ...]]
+    integer_kinds: frozenset[str]
+    sharing_kinds: frozenset[str] = _SHARING
+    quantizes_output: bool
+    fuses_residual: bool
+    splits_silu: bool
+
+
+TARGETS: dict[str, Target] = {
+    "onnxruntime": Target(
+        name="onnxruntime",
+        symmetric_activations=False,
+        fuses={kind: ("Relu", "Clip") for kind in ("Conv", "Linear", "Add")},
+        integer_kinds=frozenset(
+            {"Add", "Mul", "Concat", "AvgPool", "GlobalAvgPool", "Sigmoid", "LeakyRelu"}
+        ),
+        quantizes_output=True,
+        fuses_residual=False,
+        splits_silu=True,
+    ),
+    "openvino": Target(
+        name="openvino",
+        symmetric_activations=True,
+        fuses={
+            kind: ("Relu", "Clip", "Silu", "HardSwish", "Sigmoid", "HardSigmoid", "LeakyRelu", "PRelu", "Gelu", "Elu")
+            for kind in ("Conv", "Linear", "Add", "BatchNorm", "Mul")
+        },
+        integer_kinds=frozenset({"Add", "Mul", "Concat", "AvgPool", "GlobalAvgPool"}),
+        quantizes_output=False,
+        fuses_residual=True,
+        splits_silu=False,
+    ),
+}
+
+
+def target(name: str) -> Target:
+    """Return a Target by its engine's name.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    if name not in TARGETS:
+        raise RecipeError(f"target '{name}'{suggest(name, TARGETS)}: there are {', '.join(TARGETS)}")
+    return TARGETS[name]

@@ -1,0 +1,79 @@
+"""BatchNorm folding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from fewbit.net import Net
+from fewbit.step import Context, Step, StepReport
+
+_BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+class FoldBN(Step):
+    """Fold each BatchNorm into the convolution or matrix product before it.
+
+    With s = gamma / sqrt(var + eps) for each output channel::
+
+        W' = s W        b' = beta + s (b - mu)
+
+    computed in float64. A BatchNorm whose input is not the output of such a layer, or that shares it with
+    another reader, stays (before a zero-padded convolution it does not fold exactly).
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", 2018, arXiv 1712.05877, section 3.2.
+    Differs: a channel whose variance is 0 folds to a finite scale through eps; nothing is clipped.
+    """
+
+    gives = frozenset({"folded"})
+
+    def __call__(self, net: Net, context: Context) -> StepReport:
+        """Fold in place."""
+        changed, left = 0, []
+        for layer in net.layers():
+            if not isinstance(layer.module, _BatchNorm):
+                continue
+            source = layer.node.args[0]
+            assert isinstance(source, fx.Node)
+            before = net.graph.get_submodule(str(source.target)) if source.op == "call_module" else None
+            if isinstance(before, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and len(source.users) == 1:
+                fold(before, layer.module)
+                layer.node.replace_all_uses_with(source)
+                net.graph.graph.erase_node(layer.node)
+                changed += 1
+            else:
+                left.append(layer.name)
+        net.refresh()
+        notes = (f"BatchNorm kept, nothing before it to fold into: {', '.join(left)}",) if left else ()
+        return StepReport(step="fold_bn", changed=changed, notes=notes)
+
+
+def fold(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, norm: _BatchNorm) -> None:
+    """Fold one BatchNorm into a layer's weight and bias, in float64.
+
+    Args:
+        layer: Weight (O, I/g, kh, kw), (O, I), or transposed (I, O/g, kh, kw).
+        norm: Its statistics are those of evaluation.
+    """
+    scale, shift = affine_of(norm)
+    weight = layer.weight.detach().double()
+    if isinstance(layer, nn.ConvTranspose2d):
+        per_group = layer.out_channels // layer.groups
+        blocks = weight.reshape(layer.groups, -1, per_group, *weight.shape[2:])
+        folded = (blocks * scale.reshape(layer.groups, 1, per_group, 1, 1)).reshape(weight.shape)
+    else:
+        folded = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().double()
+    dtype = layer.weight.dtype
+    layer.weight = nn.Parameter(folded.to(dtype))
+    layer.bias = nn.Parameter((shift + scale * bias).to(dtype))
+
+
+def affine_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return (scale, shift) in float64 such that a BatchNorm in evaluation is x * scale + shift."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    gamma = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight.detach()
+    beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias.detach()
+    scale = gamma.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return scale, beta.double() - scale * norm.running_mean.double()

@@ -1,0 +1,215 @@
+"""Calibrating: every quantizer gets its grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from fewbit.errors import DataError, RecipeError
+from fewbit.net import Net
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLayer, QuantLinear, Quantizer
+from fewbit.ranges.weights import find_weight_range
+from fewbit.ranges.range_finder import RangeFinder, RangeMethod
+from fewbit.registry import find
+from fewbit.spec import QuantSpec
+from fewbit.step import Context, Step, StepReport
+
+_INT32_MAX = 2**31 - 1
+_LOGITS_METHOD = "minmax"
+
+
+class Calibrate(Step):
+    """Give every quantizer its grid: weights from their values, activations from the calibration images.
+
+    The images stream through the float network once; a tensor costs constant memory, whatever their
+    number. A quantizer that several tensors share observes the one that holds all their values. Tensors that
+    no convolution or matrix product reads (the way to the logits) are never clipped: they take min-max.
+
+    Attributes:
+        activations: Row of the registry's `ranges` for activations.
+        activation_options: Its hyperparameters.
+        weights: Row of `ranges` for weights.
+        weight_options: Its hyperparameters.
+    """
+
+    needs = frozenset({"placed"})
+    gives = frozenset({"calibrated"})
+
+    activations: str = "minmax"
+    activation_options: Mapping[str, Any] = Field(default_factory=dict)
+    weights: str = "minmax"
+    weight_options: Mapping[str, Any] = Field(default_factory=dict)
+
+    def __call__(self, net: Net, context: Context) -> StepReport:
+        """Calibrate in place."""
+        weight_method = method(self.weights, self.weight_options)
+        activation_method = method(self.activations, self.activation_options)
+        for layer in net.layers():
+            if isinstance(layer.module, QuantConv2d | QuantLinear):
+                set_weight_grid(layer.module, weight_method)
+        watched = _watched(net)
+        if watched:
+            _observe(net, watched, activation_method, context)
+        notes = _hold_biases(net)
+        return StepReport(step="calibrate", changed=len({q.name for q in watched.values()}), notes=notes)
+
+
+def method(name: str, options: Mapping[str, Any]) -> RangeMethod:
+    """Return a range method by its row and hyperparameters.
+
+    Raises:
+        RecipeError: No such row, or hyperparameters that it does not take.
+    """
+    found: RangeMethod = find("ranges", name).from_data(dict(options), f"range method '{name}'", RecipeError)
+    return found
+
+
+def set_weight_grid(layer: QuantLayer, weight_method: RangeMethod) -> None:
+    """Give a layer's weight its grid."""
+    quantizer = layer.weight_quantizer
+    found = find_weight_range(layer.weight.detach(), quantizer.spec, quantizer.axis, weight_method)
+    quantizer.set_range(found.low, found.high)
+
+
+def _watched(net: Net) -> dict[fx.Node, Quantizer]:
+    """Return the quantizer nodes to observe: in each shared group the ones that hold all of its values."""
+    groups: dict[int, list[fx.Node]] = {}
+    for layer in net.layers():
+        if isinstance(layer.module, Quantizer):
+            groups.setdefault(id(layer.module), []).append(layer.node)
+    chosen: dict[fx.Node, Quantizer] = {}
+    for nodes in groups.values():
+        inside = {node: _derives(net, node, set(nodes)) for node in nodes}
+        joined = {source for node in nodes if inside[node] == "Concat" for source in _sources(node, set(nodes))}
+        for node in nodes:
+            if inside[node] == "" or inside[node] == "Concat":
+                quantizer = net.graph.get_submodule(str(node.target))
+                if node not in joined:
+                    assert isinstance(quantizer, Quantizer)
+                    chosen[node] = quantizer
+    return chosen
+
+
+def _derives(net: Net, node: fx.Node, group: set[fx.Node]) -> str:
+    """Return "Concat" or "moved" where a quantized value is made of values of its own group, else ""."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if not any(reader in group for reader in source.all_input_nodes):
+        return ""
+    return "Concat" if net.layer(str(source.target)).kind == "Concat" else "moved"
+
+
+def _sources(node: fx.Node, group: set[fx.Node]) -> set[fx.Node]:
+    """Return the group's quantizer nodes whose values a concatenation holds, through layers that move values."""
+    found: set[fx.Node] = set()
+    layer = node.args[0]
+    assert isinstance(layer, fx.Node)
+    for reader in layer.all_input_nodes:
+        if reader in group:
+            found.add(reader)
+    return found
+
+
+class _Observer(fx.Interpreter):
+    """Runs the network in float and shows each watched value to its finder."""
+
+    def __init__(self, net: Net, finders: Mapping[fx.Node, RangeFinder]) -> None:
+        super().__init__(net.graph)
+        self.finders = finders
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module":
+            module = self.fetch_attr(str(n.target))
+            if isinstance(module, Quantizer | DynamicQuantizer):
+                source = n.args[0]
+                assert isinstance(source, fx.Node)
+                x: Tensor = self.env[source]
+                if n in self.finders:
+                    self.finders[n].observe(x)
+                return x
+            if isinstance(module, QuantConv2d | QuantLinear):
+                module.weight_quantizer.enabled = False
+                try:
+                    return super().run_node(n)
+                finally:
+                    module.weight_quantizer.enabled = True
+        return super().run_node(n)
+
+
+def _observe(net: Net, watched: Mapping[fx.Node, Quantizer], chosen: RangeMethod, context: Context) -> None:
+    plain = method(_LOGITS_METHOD, {})
+    finders: dict[fx.Node, RangeFinder] = {}
+    by_quantizer: dict[int, RangeFinder] = {}
+    for node, quantizer in watched.items():
+        kind = chosen if _feeds_matrix(net, node) else plain
+        finders[node] = by_quantizer.setdefault(id(quantizer), kind.start(quantizer.name))
+    observer, images = _Observer(net, finders), 0
+    with torch.no_grad():
+        for batch in context.batches():
+            observer.run(batch)
+            images += len(batch)
+            context.tell("calibrate", 0.0)
+    if not images:
+        raise DataError("calibration: no image came; give at least one with --data or --calibration")
+    for node, quantizer in watched.items():
+        found = finders[node].find(quantizer.spec)
+        quantizer.set_range(found.low, found.high)
+
+
+def _feeds_matrix(net: Net, node: fx.Node) -> bool:
+    """Tell whether a convolution or matrix product comes anywhere behind a quantizer."""
+    seen, todo = {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if user in seen:
+                continue
+            if user.op == "call_module" and isinstance(
+                net.graph.get_submodule(str(user.target)), QuantConv2d | QuantLinear
+            ):
+                return True
+            seen.add(user)
+            todo.append(user)
+    return False
+
+
+def input_quantizer(net: Net, layer_node: fx.Node) -> Quantizer | DynamicQuantizer | None:
+    """Return the quantizer whose codes a layer reads, or none where it reads floats."""
+    source = layer_node.args[0]
+    if isinstance(source, fx.Node) and source.op == "call_module":
+        module = net.graph.get_submodule(str(source.target))
+        if isinstance(module, Quantizer | DynamicQuantizer):
+            return module
+    return None
+
+
+def _hold_biases(net: Net) -> tuple[str, ...]:
+    """Widen the weight grid of channels whose bias would not fit int32 at scale Sx Sw[o].
+
+    Dead channels have tiny weights and any bias; a wider grid costs them nothing.
+    """
+    notes = []
+    for layer in net.layers():
+        module = layer.module
+        if not isinstance(module, QuantConv2d | QuantLinear) or module.bias is None:
+            continue
+        reads = input_quantizer(net, layer.node)
+        if not isinstance(reads, Quantizer):
+            continue
+        quantizer = module.weight_quantizer
+        need = module.bias.detach().abs().double() / (float(reads.scale) * 0.5 * _INT32_MAX)
+        if quantizer.scale.dim() == 0:
+            need = need.max()
+        low = quantizer.scale.double() < need
+        if bool(low.any()):
+            quantizer.scale = torch.maximum(quantizer.scale.double(), need).float()
+            notes.append(f"{layer.name}: {int(low.sum())} weight grids widened so that the bias fits int32")
+    return tuple(notes)
+
+
+def spec_of(module: QuantLayer) -> QuantSpec:
+    """Return the grid of a quantized layer's weight."""
+    return module.weight_quantizer.spec

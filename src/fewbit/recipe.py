@@ -1,0 +1,127 @@
+"""Recipe: a Scheme and an ordered list of Steps; TOML on disk, a digest as its name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import RecipeError, suggest
+from fewbit.net import Net
+from fewbit.prepare.canonical import example_gap
+from fewbit.registry import find
+from fewbit.spec import Frozen, Rule, Scheme
+from fewbit.step import Context, Step, StepReport
+
+__all__ = ["Context", "Recipe", "StepReport", "read_recipe", "run_recipe", "shipped_recipes"]
+
+_EXACT_STEPS = frozenset({"canonical", "fold_bn"})
+_EXACT_GAP = 1e-3
+
+
+class Recipe(Frozen):
+    """What is done to a network.
+
+    Attributes:
+        name: A short name.
+        summary: What it is for, in one line.
+        scheme: Which values each tensor may take.
+        steps: The methods in order: {"use": row of the registry, hyperparameters}.
+
+    Example:
+        >>> read_recipe("int8").steps[0]
+        {'use': 'canonical'}
+    """
+
+    name: str
+    summary: str = ""
+    scheme: Scheme = Scheme()
+    steps: tuple[dict[str, Any], ...] = ()
+
+    def built_steps(self) -> tuple[tuple[str, Step], ...]:
+        """Return (name, Step) for each step.
+
+        Raises:
+            RecipeError: A step has no name that the registry knows, or hyperparameters that it does not take.
+        """
+        built = []
+        for index, entry in enumerate(self.steps):
+            fields = dict(entry)
+            name = fields.pop("use", None)
+            if not isinstance(name, str):
+                raise RecipeError(f"recipe '{self.name}': step {index + 1} has no 'use'; `fewbit methods` lists them")
+            step: Step = find("steps", name).from_data(fields, f"recipe '{self.name}', step '{name}'")
+            built.append((name, step))
+        return tuple(built)
+
+    def with_float(self, layers: Sequence[str]) -> Recipe:
+        """Return the same recipe with some layers left in float."""
+        rules = tuple(Rule(match=layer, keep_float=True) for layer in layers)
+        scheme = self.scheme.model_copy(update={"rules": rules + self.scheme.rules})
+        return self.model_copy(update={"scheme": scheme})
+
+
+def shipped_recipes() -> dict[str, Recipe]:
+    """Return the recipes that ship, by name."""
+    found = {}
+    for entry in sorted(resources.files("fewbit.recipes").iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".toml"):
+            recipe = Recipe.from_toml(entry.read_text(encoding="utf-8"), entry.name)
+            found[recipe.name] = recipe
+    return found
+
+
+def read_recipe(name: str) -> Recipe:
+    """Return a shipped recipe by its name, or read one from a file.
+
+    Raises:
+        RecipeError: There is no such recipe, or the file does not parse.
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as reason:
+            raise RecipeError(f"recipe {name}: cannot be read ({reason}); give a .toml file") from reason
+        return Recipe.from_toml(text, f"recipe {name}")
+    known = shipped_recipes()
+    if name not in known:
+        raise RecipeError(f"recipe '{name}'{suggest(name, known)}: there are {', '.join(known)}, or give a .toml file")
+    return known[name]
+
+
+def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[StepReport, ...]]:
+    """Run a recipe on a copy of a network.
+
+    Args:
+        recipe: What to do; its scheme takes the place of the context's.
+        net: Stays as it is.
+        context: Target, images, seed.
+
+    Returns:
+        The new network and what each step did.
+
+    Raises:
+        RecipeError: A step needs a fact that no step before it gives, or an exact step changed the outputs.
+    """
+    context = replace(context, scheme=recipe.scheme)
+    changed, reports = net.clone().eval(), []
+    for name, step in recipe.built_steps():
+        missing = sorted(step.needs - changed.facts)
+        if missing:
+            raise RecipeError(
+                f"recipe '{recipe.name}': step '{name}' needs a network that is {', '.join(missing)}; "
+                "put the step that gives it before"
+            )
+        context.tell(name, 0.0)
+        begin = time.perf_counter()
+        report = step(changed, context)
+        reports.append(report.model_copy(update={"seconds": time.perf_counter() - begin}))
+        changed = changed.with_facts(*step.gives)
+        context.tell(name, 1.0)
+        if name in _EXACT_STEPS and (gap := example_gap(net, changed)) > _EXACT_GAP:
+            raise RecipeError(f"recipe '{recipe.name}': step '{name}' changed {net.name}'s logits by {gap:.1e}; report it")
+    return changed, tuple(reports)

@@ -1,0 +1,70 @@
+"""The protocol of a Step: one method, a small frozen object whose fields are its hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fewbit.errors import RecipeError
+from fewbit.net import Net
+from fewbit.place.targets import Target
+from fewbit.spec import Frozen, Scheme
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a Step may use besides the Net.
+
+    Attributes:
+        scheme: Which values each tensor may take.
+        target: What the engine accepts and runs fast.
+        batches: Gives the calibration images anew: float32 (N, C, H, W), preprocessed.
+        seed: Of every random choice.
+        advance: Told the name of a step and the fraction done.
+    """
+
+    scheme: Scheme
+    target: Target
+    batches: Callable[[], Iterator[Tensor]]
+    seed: int = 0
+    advance: Callable[[str, float], None] | None = None
+
+    def tell(self, step: str, fraction: float) -> None:
+        """Report progress, where somebody listens."""
+        if self.advance is not None:
+            self.advance(step, fraction)
+
+
+class StepReport(Frozen):
+    """What a Step did.
+
+    Attributes:
+        step: Its name in the registry.
+        seconds: How long it took.
+        changed: How many layers or tensors it changed.
+        notes: What a reader should know, one line each.
+    """
+
+    step: str
+    seconds: float = 0.0
+    changed: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class Step(Frozen):
+    """One method. A subclass's fields are its hyperparameters; calling it changes the given Net.
+
+    Attributes:
+        needs: Facts that the Net must have.
+        gives: Facts that it has afterwards.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, net: Net, context: Context) -> StepReport:
+        """Change the Net in place and say what was done."""
+        raise RecipeError(f"{type(self).__name__}: is no method; use one that `fewbit methods` lists")
