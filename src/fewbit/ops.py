@@ -58,8 +58,7 @@ class Affine(nn.Module):
 
     Args:
         scale: Factor, any shape that broadcasts.
-        shift: Term, any shape that broadcasts.
-        trainable: Keep the scale a parameter (layer scale).
+        shift: Term, any shape that broadcasts. A parameter stays one (layer scale).
     """
 
     def __init__(self, scale: Tensor | None, shift: Tensor | None) -> None:
@@ -197,21 +196,28 @@ class Upsample(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training drops the branch of whole samples; nothing in evaluation.
+    """Stochastic depth: in training drops the branch of whole images; nothing in evaluation.
+
+    Args:
+        p: Probability of dropping.
+        per_image: Decide for each image; else once for the whole batch.
 
     Source: Huang et al., "Deep Networks with Stochastic Depth", 2016, arXiv 1603.09382.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, per_image: bool = True) -> None:
         super().__init__()
-        self.p = p
+        self.p, self.per_image = p, per_image
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x, or in training x / (1 - p) for the samples that are kept."""
+        """Return x, or in training x / (1 - p) for the images that are kept."""
         if not self.training or self.p == 0.0:
             return x
-        keep = x.new_empty((x.shape[0], *[1] * (x.dim() - 1))).bernoulli_(1.0 - self.p)
-        return x * keep / (1.0 - self.p)
+        images = x.shape[0] if self.per_image else 1
+        keep = x.new_empty((images, *[1] * (x.dim() - 1))).bernoulli_(1.0 - self.p)
+        if self.p < 1.0:
+            keep.div_(1.0 - self.p)
+        return x * keep
 
 
 class LayerNorm2d(nn.Module):
@@ -262,7 +268,9 @@ def pads_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     if isinstance(conv, Conv2d):
         return conv.pads
     if isinstance(conv.padding, str):
-        total = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size)]
+        total = [
+            d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+        ]
         return total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2
     rows, columns = conv.padding
     return int(rows), int(columns), int(rows), int(columns)
@@ -300,6 +308,7 @@ KINDS: dict[type[nn.Module], str] = {
     nn.Mish: "Mish",
     nn.Softplus: "Softplus",
     nn.Softmax: "Softmax",
+    nn.LogSoftmax: "LogSoftmax",
     nn.LocalResponseNorm: "LRN",
     nn.MaxPool2d: "MaxPool",
     nn.AvgPool2d: "AvgPool",
@@ -318,6 +327,9 @@ KINDS: dict[type[nn.Module], str] = {
     Slice: "Slice",
     Upsample: "Upsample",
     nn.Dropout: "Dropout",
+    nn.Dropout2d: "Dropout",
+    nn.AlphaDropout: "Dropout",
+    nn.FeatureAlphaDropout: "Dropout",
     DropPath: "DropPath",
     nn.Identity: "Identity",
 }

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fewbit.data.image_set import ImageSet
 from fewbit.errors import RecipeError, suggest
 from fewbit.net import Net
+from fewbit.place.targets import target
 from fewbit.prepare.canonical import example_gap
 from fewbit.registry import find
 from fewbit.spec import Frozen, Rule, Scheme
 from fewbit.step import Context, Step, StepReport
 
-__all__ = ["Context", "Recipe", "StepReport", "read_recipe", "run_recipe", "shipped_recipes"]
+__all__ = ["Context", "Recipe", "StepReport", "image_context", "read_recipe", "run_recipe", "shipped_recipes"]
 
 _EXACT_STEPS = frozenset({"canonical", "fold_bn"})
 _EXACT_GAP = 1e-3
@@ -52,7 +57,9 @@ class Recipe(Frozen):
             fields = dict(entry)
             name = fields.pop("use", None)
             if not isinstance(name, str):
-                raise RecipeError(f"recipe '{self.name}': step {index + 1} has no 'use'; `fewbit methods` lists them")
+                raise RecipeError(
+                    f"recipe '{self.name}': step {index + 1} has no 'use'; `fewbit methods` lists them"
+                )
             step: Step = find("steps", name).from_data(fields, f"recipe '{self.name}', step '{name}'")
             built.append((name, step))
         return tuple(built)
@@ -89,8 +96,43 @@ def read_recipe(name: str) -> Recipe:
         return Recipe.from_toml(text, f"recipe {name}")
     known = shipped_recipes()
     if name not in known:
-        raise RecipeError(f"recipe '{name}'{suggest(name, known)}: there are {', '.join(known)}, or give a .toml file")
+        raise RecipeError(
+            f"recipe '{name}'{suggest(name, known)}: there are {', '.join(known)}, or give a .toml file"
+        )
     return known[name]
+
+
+_CALIBRATION_VALUES = 8 * 3 * 224 * 224
+
+
+def image_context(
+    images: ImageSet | None,
+    engine: str,
+    seed: int = 0,
+    advance: Callable[[str, float], None] | None = None,
+) -> Context:
+    """Return the Context of a recipe that calibrates with these images.
+
+    The batch is small for large images, so that calibrating needs little memory.
+
+    Args:
+        images: Calibration images; none where no step needs them.
+        engine: Whose Target to take.
+        seed: Of every random choice.
+        advance: Told the name of a step and the fraction done.
+    """
+
+    def batches() -> Iterator[Tensor]:
+        if images is None:
+            return
+        channels, rows, columns = images.input_size
+        batch = min(32, max(1, _CALIBRATION_VALUES // (channels * rows * columns)))
+        for done, pixels in enumerate(images.batches(batch)):
+            yield torch.from_numpy(pixels)
+            if advance is not None:
+                advance("calibrate", min(1.0, (done + 1) * batch / len(images)))
+
+    return Context(Scheme(), target(engine), batches, seed, advance)
 
 
 def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[StepReport, ...]]:
@@ -123,5 +165,7 @@ def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[S
         changed = changed.with_facts(*step.gives)
         context.tell(name, 1.0)
         if name in _EXACT_STEPS and (gap := example_gap(net, changed)) > _EXACT_GAP:
-            raise RecipeError(f"recipe '{recipe.name}': step '{name}' changed {net.name}'s logits by {gap:.1e}; report it")
+            raise RecipeError(
+                f"recipe '{recipe.name}': step '{name}' changed {net.name}'s logits by {gap:.1e}; report it"
+            )
     return changed, tuple(reports)

@@ -195,7 +195,10 @@ def _layer_norm(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
 @emits("LayerNorm2d")
 def _layer_norm_2d(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
     norm: Any = layer.module
-    parameters = [e.constant(f"{layer.name}.weight", norm.weight), e.constant(f"{layer.name}.bias", norm.bias)]
+    parameters = [
+        e.constant(f"{layer.name}.weight", norm.weight),
+        e.constant(f"{layer.name}.bias", norm.bias),
+    ]
     rows = e.add("Transpose", f"{layer.name}.nhwc", inputs, perm=[0, 2, 3, 1])
     normal = e.add(
         "LayerNormalization", f"{layer.name}.norm", [rows, *parameters], axis=-1, epsilon=float(norm.eps)
@@ -252,7 +255,9 @@ def _flatten(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
 @emits("Reshape")
 def _reshape(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
     reshape: Any = layer.module
-    return e.add("Reshape", layer.name, [*inputs, e.constant(f"{layer.name}.shape", list(reshape.shape), np.int64)])
+    return e.add(
+        "Reshape", layer.name, [*inputs, e.constant(f"{layer.name}.shape", list(reshape.shape), np.int64)]
+    )
 
 
 @emits("Pad")
@@ -262,7 +267,11 @@ def _pad(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
     return e.add(
         "Pad",
         layer.name,
-        [*inputs, e.constant(f"{layer.name}.pads", amounts, np.int64), e.constant(f"{layer.name}.value", pad.value)],
+        [
+            *inputs,
+            e.constant(f"{layer.name}.pads", amounts, np.int64),
+            e.constant(f"{layer.name}.value", pad.value),
+        ],
     )
 
 

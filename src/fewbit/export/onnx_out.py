@@ -48,7 +48,9 @@ def export_onnx(
 def build_onnx(net: Net, target: Target | None = None, metadata: Mapping[str, str] | None = None) -> ir.Model:
     """Return the model that `export_onnx` writes."""
     if "placed" in net.facts and "calibrated" not in net.facts:
-        raise RecipeError(f"{net.name}: is placed but not calibrated; put the step 'calibrate' before the export")
+        raise RecipeError(
+            f"{net.name}: is placed but not calibrated; put the step 'calibrate' before the export"
+        )
     emitter = Emitter()
     float32 = ir.TensorType(ir.DataType.FLOAT)
     image = ir.Value(name="input", type=float32, shape=ir.Shape(["N", *net.input_size]))
@@ -65,7 +67,11 @@ def build_onnx(net: Net, target: Target | None = None, metadata: Mapping[str, st
     facts = {"fewbit.version": __version__, "fewbit.network": net.name, "fewbit.activations": _scope(net)}
     facts |= {f"fewbit.{key}": value for key, value in (metadata or {}).items()}
     return ir.Model(
-        graph, ir_version=IR_VERSION, producer_name="fewbit", producer_version=__version__, metadata_props=facts
+        graph,
+        ir_version=IR_VERSION,
+        producer_name="fewbit",
+        producer_version=__version__,
+        metadata_props=facts,
     )
 
 

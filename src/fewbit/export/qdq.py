@@ -14,7 +14,9 @@ from fewbit.numerics import quantize_bias
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLayer, Quantizer
 
 
-def grid_constants(e: Emitter, quantizer: Quantizer, name: str, container: str) -> tuple[ir.Value, ir.Value, int]:
+def grid_constants(
+    e: Emitter, quantizer: Quantizer, name: str, container: str
+) -> tuple[ir.Value, ir.Value, int]:
     """Add scale and zero point of a grid.
 
     Args:
@@ -33,7 +35,9 @@ def grid_constants(e: Emitter, quantizer: Quantizer, name: str, container: str) 
     return scale, zero_point, shift
 
 
-def quantize_activation(e: Emitter, quantizer: Quantizer, layer: Layer, x: ir.Value, container: str) -> ir.Value:
+def quantize_activation(
+    e: Emitter, quantizer: Quantizer, layer: Layer, x: ir.Value, container: str
+) -> ir.Value:
     """Add a QuantizeLinear / DequantizeLinear pair behind a value and return the dequantized value.
 
     Grids that do not fill their container are clamped on the codes, between the pair, so that the kernels
@@ -156,8 +160,11 @@ def dynamic_layer(e: Emitter, layer: Layer, codes: ir.Value, scale: ir.Value) ->
         acc = e.add("MatMulInteger", f"{name}:acc", [codes, weight, zero_point])
         shape = (-1,) if weight_scale.ndim else ()
     sums = e.add("Cast", f"{name}:sums", [acc], to=int(ir.DataType.FLOAT))
-    unit = e.add("Mul", f"{name}:unit", [scale, e.constant(f"{name}.weight.scale", weight_scale.reshape(shape))])
-    result = e.add("Mul", name if module.bias is None else f"{name}:product", [sums, unit])
+    # Two products, not the product of the scales: ONNX Runtime fuses that form into MatMulIntegerToFloat, which
+    # takes one scale for the whole batch and so would give a sample its neighbour's scale.
+    own = e.add("Mul", f"{name}:own", [sums, scale])
+    weight_scales = e.constant(f"{name}.weight.scale", weight_scale.reshape(shape))
+    result = e.add("Mul", name if module.bias is None else f"{name}:product", [own, weight_scales])
     if module.bias is not None:
         bias = module.bias.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d) else module.bias
         result = e.add("Add", name, [result, e.constant(f"{name}.bias", bias)])

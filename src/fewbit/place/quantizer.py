@@ -69,7 +69,9 @@ class Quantizer(nn.Module):
         """
         low64, high64 = np.asarray(low, np.float64), np.asarray(high, np.float64)
         if not (np.isfinite(low64).all() and np.isfinite(high64).all()):
-            raise RecipeError(f"tensor '{self.name}': range [{low}, {high}] is not finite; check the images and weights")
+            raise RecipeError(
+                f"tensor '{self.name}': range [{low}, {high}] is not finite; check the images and weights"
+            )
         if self.spec.symmetric:
             self.unsigned = not self.weight and bool((low64 >= 0).all())
             self.qmin, self.qmax = self.spec.code_range(unsigned=self.unsigned)
@@ -118,7 +120,9 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the grid."""
-        return f"{self.name}, {self.spec.bits} bits, {'u' if self.unsigned else 's'}[{self.qmin}, {self.qmax}]"
+        return (
+            f"{self.name}, {self.spec.bits} bits, {'u' if self.unsigned else 's'}[{self.qmin}, {self.qmax}]"
+        )
 
 
 class DynamicQuantizer(nn.Module):

@@ -43,9 +43,7 @@ TARGETS: dict[str, Target] = {
         name="onnxruntime",
         symmetric_activations=False,
         fuses={kind: ("Relu", "Clip") for kind in ("Conv", "Linear", "Add")},
-        integer_kinds=frozenset(
-            {"Add", "Mul", "Concat", "AvgPool", "GlobalAvgPool", "Sigmoid", "LeakyRelu"}
-        ),
+        integer_kinds=frozenset({"Add", "Mul", "Concat", "AvgPool", "GlobalAvgPool", "Sigmoid", "LeakyRelu"}),
         quantizes_output=True,
         fuses_residual=False,
         splits_silu=True,
@@ -54,7 +52,18 @@ TARGETS: dict[str, Target] = {
         name="openvino",
         symmetric_activations=True,
         fuses={
-            kind: ("Relu", "Clip", "Silu", "HardSwish", "Sigmoid", "HardSigmoid", "LeakyRelu", "PRelu", "Gelu", "Elu")
+            kind: (
+                "Relu",
+                "Clip",
+                "Silu",
+                "HardSwish",
+                "Sigmoid",
+                "HardSigmoid",
+                "LeakyRelu",
+                "PRelu",
+                "Gelu",
+                "Elu",
+            )
             for kind in ("Conv", "Linear", "Add", "BatchNorm", "Mul")
         },
         integer_kinds=frozenset({"Add", "Mul", "Concat", "AvgPool", "GlobalAvgPool"}),

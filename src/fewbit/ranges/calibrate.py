@@ -84,7 +84,9 @@ def _watched(net: Net) -> dict[fx.Node, Quantizer]:
     chosen: dict[fx.Node, Quantizer] = {}
     for nodes in groups.values():
         inside = {node: _derives(net, node, set(nodes)) for node in nodes}
-        joined = {source for node in nodes if inside[node] == "Concat" for source in _sources(node, set(nodes))}
+        joined = {
+            source for node in nodes if inside[node] == "Concat" for source in _sources(node, set(nodes))
+        }
         for node in nodes:
             if inside[node] == "" or inside[node] == "Concat":
                 quantizer = net.graph.get_submodule(str(node.target))
@@ -152,7 +154,6 @@ def _observe(net: Net, watched: Mapping[fx.Node, Quantizer], chosen: RangeMethod
         for batch in context.batches():
             observer.run(batch)
             images += len(batch)
-            context.tell("calibrate", 0.0)
     if not images:
         raise DataError("calibration: no image came; give at least one with --data or --calibration")
     for node, quantizer in watched.items():

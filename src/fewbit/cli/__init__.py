@@ -1,0 +1,5 @@
+"""The command line."""
+
+from fewbit.cli.main import main
+
+__all__ = ["main"]

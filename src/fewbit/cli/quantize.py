@@ -1,0 +1,89 @@
+"""`fewbit quantize`: one recipe, one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fewbit.cli.options import card_options, data_option, find_card, json_option, print_json, take_card_facts
+from fewbit.cli.progress import step_progress
+
+
+@click.command()
+@click.argument("card", metavar="CARD")
+@click.option("--recipe", default="int8", show_default=True, help="A shipped recipe, or a .toml file.")
+@data_option
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The .onnx file to write.")
+@click.option(
+    "--engine", type=click.Choice(["onnxruntime", "openvino"]), default="onnxruntime", show_default=True
+)
+@click.option("--calibration", type=click.Path(path_type=Path), help="Other images to calibrate with.")
+@click.option("--calibration-images", type=int, default=512, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--strict", is_flag=True, help="A broken image stops the run.")
+@card_options
+@json_option
+def quantize(card: str, recipe: str, data: Path, out: Path, engine: str, **options: Any) -> int:
+    """Quantize a network by a recipe and write the file that an engine runs."""
+    from fewbit.export.onnx_out import export_onnx
+    from fewbit.load.capture import load
+    from fewbit.load.exported import describe_export
+    from fewbit.place.targets import target
+    from fewbit.recipe import image_context, read_recipe, run_recipe
+
+    given = find_card(card, take_card_facts(options))
+    chosen, aim = read_recipe(recipe), target(engine)
+    net = load(given)
+    images = _calibration_images(given, data, **{k: v for k, v in options.items() if k != "as_json"})
+    with images, step_progress(given.network.name, options["as_json"]) as tell:
+        made, reports = run_recipe(chosen, net, image_context(images, engine, options["seed"], tell))
+        labels = read_labels_of(given)
+        source = Path(options["calibration"] or data).name
+        facts = describe_export(given, labels, source, images.names if _calibrated(chosen) else ())
+        export_onnx(made, out, aim, {"recipe": chosen.to_toml(), "engine": engine} | facts)
+    answer = {
+        "network": given.network.name,
+        "recipe": chosen.name,
+        "digest": chosen.digest(),
+        "out": str(out),
+        "bytes": out.stat().st_size,
+        "calibration_images": len(images.names) if _calibrated(chosen) else 0,
+        "steps": [report.model_dump(mode="json") for report in reports],
+    }
+    if options["as_json"]:
+        print_json(answer)
+        return 0
+    for report in reports:
+        click.echo(
+            f"{report.step:<12} {report.seconds:6.2f} s  {report.changed} changed  {'; '.join(report.notes)}"
+        )
+    click.echo(f"{out}: {answer['bytes']:,} bytes, for {engine}")
+    return 0
+
+
+def _calibrated(recipe: Any) -> bool:
+    return recipe.scheme.mode == "static" and any(step.get("use") == "calibrate" for step in recipe.steps)
+
+
+def read_labels_of(card: Any) -> dict[str, int] | None:
+    """Return the labels file of a card as a dictionary, none where it has none."""
+    from fewbit.data.images import read_labels
+
+    return None if card.labels_path is None else read_labels(card.labels_path, card.network.classes)
+
+
+def _calibration_images(
+    card: Any, data: Path, calibration: Path | None, calibration_images: int, seed: int, strict: bool
+) -> Any:
+    from fewbit.data.image_set import ImageSet
+    from fewbit.data.images import open_images
+    from fewbit.data.sample import choose_balanced
+    from fewbit.errors import InputError
+
+    if calibration_images < 1:
+        raise InputError(f"--calibration-images is {calibration_images}; give 1 or more")
+    source = open_images(calibration or data, card.labels_path, strict, card.network.classes)
+    chosen = choose_balanced(source.targets, min(calibration_images, len(source)), seed)
+    return ImageSet(source, card.input, card.network.classes, indices=chosen)

@@ -1,0 +1,119 @@
+"""`fewbit search` and `fewbit report`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fewbit.cli.main import NOTHING_FOUND
+from fewbit.cli.options import (
+    Numbers,
+    card_options,
+    data_option,
+    find_card,
+    json_option,
+    print_json,
+    take_card_facts,
+)
+from fewbit.cli.progress import search_progress
+from fewbit.errors import InputError, suggest
+
+ENGINES = ("onnxruntime", "openvino")
+
+
+def parse_engines(text: str) -> tuple[Any, ...]:
+    """Return engine names from "onnxruntime,openvino".
+
+    Raises:
+        InputError: One is unknown.
+    """
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        if name not in ENGINES:
+            raise InputError(
+                f"--engines names '{name}'{suggest(name, ENGINES)}; allowed are {', '.join(ENGINES)}"
+            )
+    return names
+
+
+@click.command()
+@click.argument("cards", nargs=-1, required=True, metavar="CARD...")
+@data_option
+@click.option(
+    "--budget", "budgets", multiple=True, required=True, help='"top1-drop<=1%"; all of several hold.'
+)
+@click.option("--objective", type=click.Choice(["throughput", "latency", "size"]), default="throughput")
+@click.option("--engines", default=",".join(ENGINES), show_default=True, help="Which may run the answer.")
+@click.option("--batch", "batches", type=Numbers(int), default="1,8,32", show_default=True)
+@click.option("--threads", type=int, help="Of a run; all cores where not given.")
+@click.option("--minutes", type=float, help="End after so long with the best found.")
+@click.option("--trials", type=int, help="End after so many trials with the best found.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--confidence", type=float, default=0.5, show_default=True, help="0.95: the budget must be proven."
+)
+@click.option("--calibration", type=click.Path(path_type=Path), help="Other images to calibrate with.")
+@click.option("--calibration-images", type=int, default=512, show_default=True)
+@click.option("--strict", is_flag=True, help="A broken image stops the run.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("fewbit-study"), show_default=True)
+@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with the study there.")
+@card_options
+@json_option
+def search(cards: tuple[str, ...], **options: Any) -> int:
+    """Find the fastest network inside the budget.
+
+    Leaves report.html, best/ (the file to ship, its recipe, result.json) and pareto.json in --out. Exits with 0
+    when a network inside the budget was found, 3 when none was (the nearest is kept), 2 when the input cannot
+    be used.
+    """
+    from fewbit.report.summary import result_json, sentence
+    from fewbit.search.budget import parse_budget
+    from fewbit.search.options import StudyOptions
+    from fewbit.search.study import run_study
+
+    facts = take_card_facts(options)
+    as_json = options.pop("as_json")
+    budgets = tuple(parse_budget(text) for text in options.pop("budgets"))
+    resume = options.pop("resume")
+    given = StudyOptions(
+        cards=tuple(find_card(card, facts) for card in cards),
+        budgets=budgets,
+        engines=parse_engines(options.pop("engines")),
+        out=resume or options.pop("out"),
+        resume=resume is not None,
+        command=shlex.join(["fewbit", *sys.argv[1:]]),
+        **{key: value for key, value in options.items() if key != "out"},
+    )
+    with search_progress(quiet=as_json and not sys.stderr.isatty()) as watch:
+        study = run_study(given, watch)
+    if as_json:
+        print_json(result_json(study))
+    else:
+        click.echo(sentence(study))
+        click.echo(f"report: {given.out / 'report.html'}")
+        if study.answer is not None:
+            click.echo(f"file:   {given.out / 'best' / 'model.onnx'}")
+    return 0 if study.answer is not None and study.answer.found else NOTHING_FOUND
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@json_option
+def report(folder: Path, as_json: bool) -> int:
+    """Write DIR/report.html again from the journal of a search."""
+    from fewbit.report.html import write_report
+    from fewbit.report.summary import result_json, sentence
+    from fewbit.search.study import read_study
+
+    study = read_study(folder)
+    write_report(study, folder / "report.html")
+    if as_json:
+        print_json(result_json(study))
+    else:
+        click.echo(sentence(study))
+        click.echo(f"report: {folder / 'report.html'}")
+    return 0

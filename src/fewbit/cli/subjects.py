@@ -1,0 +1,101 @@
+"""What `eval`, `bench` and `inspect` are given: an exported file, or a card whose float network is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewbit.cli.options import find_card
+from fewbit.data.image_set import ImageSet
+from fewbit.data.images import open_images
+from fewbit.errors import CardError, DataError
+from fewbit.load.card import Card
+from fewbit.load.exported import Exported, read_exported
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One network to run.
+
+    Attributes:
+        name: What to call it.
+        path: The file that an engine opens.
+        card: Its card.
+        exported: What the file says about itself, none for a card's own float network.
+    """
+
+    name: str
+    path: Path
+    card: Card
+    exported: Exported | None = None
+
+
+def find_subject(argument: str, facts: dict[str, Any], folder: Path, beside: Card | None = None) -> Subject:
+    """Return what an argument names, ready to run.
+
+    Args:
+        argument: An exported .onnx file, a card, or a source of a network with a card's facts as options.
+        facts: The options.
+        folder: Where a card's float network is exported to.
+        beside: A card whose facts hold for a file that says nothing about itself.
+
+    Raises:
+        CardError: The file says nothing about itself and no options do.
+    """
+    path = Path(argument)
+    if path.suffix == ".onnx":
+        exported = read_exported(path)
+        if exported is not None:
+            return Subject(path.stem, path, exported.card(path), exported)
+        if beside is not None:
+            return Subject(path.stem, path, beside)
+        if facts.get("classes") is None:
+            raise CardError(
+                f"{path}: was not written by fewbit, so its preprocessing is not known; "
+                "give --card, or --classes, --size, --mean and --std"
+            )
+    card = find_card(argument, facts)
+    return Subject(card.network.name, export_float(card, folder), card)
+
+
+def export_float(card: Card, folder: Path) -> Path:
+    """Export the float network of a card."""
+    from fewbit.export.onnx_out import export_onnx
+    from fewbit.load.capture import load
+    from fewbit.recipe import image_context, read_recipe, run_recipe
+
+    net, _ = run_recipe(read_recipe("float32"), load(card), image_context(None, "onnxruntime"))
+    path = folder / f"{card.network.name}-float32.onnx"
+    export_onnx(net, path)
+    return path
+
+
+def open_sets(subjects: Sequence[Subject], data: Path, strict: bool = False) -> tuple[list[ImageSet], int]:
+    """Open the same labelled images for each subject, without those that calibrated any of them.
+
+    Returns:
+        One set of images a subject, and how many images were left out.
+
+    Raises:
+        DataError: Every image calibrated one of them.
+    """
+    out: frozenset[str] = frozenset()
+    for subject in subjects:
+        if subject.exported is not None and subject.exported.calibration_data == Path(data).name:
+            out |= subject.exported.calibration_names
+    sets, left_out = [], 0
+    for subject in subjects:
+        labels = subject.exported.labels if subject.exported else subject.card.labels_path
+        source = open_images(data, labels, strict, subject.card.network.classes)
+        kept = np.array([i for i, name in enumerate(source.names) if name not in out], np.int64)
+        if not len(kept):
+            raise DataError(
+                f"{data}: all {len(source)} images calibrated {subject.name}; give others to evaluate"
+            )
+        left_out = len(source) - len(kept)
+        sets.append(ImageSet(source, subject.card.input, subject.card.network.classes, indices=kept))
+    return sets, left_out

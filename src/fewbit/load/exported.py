@@ -1,0 +1,93 @@
+"""What an exported file says about itself: its card and the images that calibrated it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from fewbit.errors import ModelFileError
+from fewbit.load.card import Card, InputSection, NetworkSection
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The facts in an exported file's metadata.
+
+    Attributes:
+        network: Name of the network.
+        classes: Number of classes.
+        input: From an image file to the network's input.
+        labels: Folder name -> class index, none where the sorted folder names count.
+        calibration_data: Name of the image source that calibrated it; empty where none did.
+        calibration_names: Names of the images taken from it, which must not evaluate it.
+    """
+
+    network: str
+    classes: int
+    input: InputSection
+    labels: dict[str, int] | None
+    calibration_data: str
+    calibration_names: frozenset[str]
+
+    def card(self, path: Path) -> Card:
+        """Return the card of the file itself."""
+        section = NetworkSection(name=self.network, source=path.name, classes=self.classes)
+        return Card(network=section, input=self.input).placed_in(path.parent)
+
+
+def describe_export(
+    card: Card, labels: dict[str, int] | None = None, data: str = "", names: Sequence[str] = ()
+) -> dict[str, str]:
+    """Return the metadata to put into an exported file.
+
+    Args:
+        card: Of the network.
+        labels: Folder name -> class index.
+        data: Name of the image source that calibrated it, without its folder.
+        names: Names of the images taken from it.
+    """
+    facts = {
+        "network": card.network.name,
+        "classes": card.network.classes,
+        "input": card.input.model_dump(mode="json"),
+        "labels": labels,
+        "calibration_data": data,
+        "calibration_names": sorted(names),
+    }
+    return {"card": json.dumps(facts, sort_keys=True, separators=(",", ":"))}
+
+
+def read_exported(path: Path) -> Exported | None:
+    """Read the facts of an exported file; none where fewbit did not write it.
+
+    Raises:
+        ModelFileError: The file is missing or damaged.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except FileNotFoundError as reason:
+        raise ModelFileError(
+            f"{path}: there is no such file; give an exported .onnx file or a card"
+        ) from reason
+    except (DecodeError, OSError, ValueError) as reason:
+        raise ModelFileError(f"{path}: is damaged or no ONNX file; export it again") from reason
+    text = next((p.value for p in model.metadata_props if p.key == "fewbit.card"), None)
+    if text is None:
+        return None
+    try:
+        facts = json.loads(text)
+        return Exported(
+            facts["network"],
+            facts["classes"],
+            InputSection.from_data(facts["input"], str(path), ModelFileError),
+            facts["labels"],
+            facts["calibration_data"],
+            frozenset(facts["calibration_names"]),
+        )
+    except (ValueError, KeyError, TypeError) as reason:
+        raise ModelFileError(f"{path}: its fewbit metadata is damaged; export it again") from reason

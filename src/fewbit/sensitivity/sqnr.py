@@ -1,0 +1,178 @@
+"""Signal to quantization noise, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fewbit.net import Layer, Net
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLinear, Quantizer
+from fewbit.place.targets import TARGETS
+from fewbit.prepare.canonical import Canonical
+from fewbit.prepare.fold_bn import FoldBN
+from fewbit.sensitivity.records import Histogram, LayerRecord
+from fewbit.spec import Scheme
+from fewbit.step import Context
+
+_BINS = 64
+_BEST_DB = 200.0
+
+
+class _Outputs(fx.Interpreter):
+    """Runs a network and keeps the output of every layer that is asked for."""
+
+    def __init__(self, net: Net, names: set[str]) -> None:
+        super().__init__(net.graph)
+        self.names = names
+        self.kept: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_module" and str(n.target) in self.names:
+            self.kept[str(n.target)] = value
+        return value
+
+
+class _Sums:
+    """Signal and noise power and a histogram of one layer's output."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = 0.0
+        self.low, self.high = math.inf, -math.inf
+        self.counts = torch.zeros(_BINS, dtype=torch.int64)
+
+    def add(self, exact: Tensor, rounded: Tensor) -> None:
+        """Take in one batch; the first one fixes the histogram's ends."""
+        difference = (exact - rounded).double()
+        self.signal += float(exact.double().square().sum())
+        self.noise += float(difference.square().sum())
+        if self.low > self.high:
+            low, high = torch.aminmax(exact)
+            self.low, self.high = float(low), max(float(high), float(low) + 1e-9)
+        inside = exact.flatten().float().clamp(self.low, self.high)
+        self.counts += torch.histc(inside, _BINS, self.low, self.high).long()
+
+    def sqnr_db(self) -> float:
+        """Return 10 log10(signal / noise), at most 200 dB."""
+        if self.noise == 0:
+            return _BEST_DB
+        return min(_BEST_DB, 10 * math.log10(max(self.signal, 1e-30) / self.noise))
+
+
+def layer_records(float_net: Net, net: Net, batches: Iterable[Tensor]) -> tuple[LayerRecord, ...]:
+    """Compare a quantized network with its float original, layer by layer.
+
+    SQNR of a layer's output y against its quantized value y'::
+
+        10 log10( sum y^2 / sum (y - y')^2 )   dB
+
+    with the noise of all layers before it in y' (accumulated), over all images given.
+
+    Args:
+        float_net: The captured network, or its float form.
+        net: Quantized from it, or a float form of it.
+        batches: Images (N, C, H, W) float32.
+
+    Returns:
+        One record a layer, in the order in which they run.
+    """
+    exact = _float_form(float_net)
+    layers = [layer for layer in net.layers() if not isinstance(layer.module, Quantizer | DynamicQuantizer)]
+    known = {layer.name for layer in exact.layers()}
+    names = {layer.name for layer in layers} & known
+    sums = {name: _Sums() for name in names}
+    with torch.no_grad():
+        for batch in batches:
+            a, b = _Outputs(exact, names), _Outputs(net, names)
+            a.run(batch)
+            b.run(batch)
+            for name in names:
+                sums[name].add(a.kept[name], b.kept[name])
+    return tuple(_record(net, layer, sums.get(layer.name)) for layer in layers)
+
+
+def _float_form(net: Net) -> Net:
+    """Return the rewritten and folded copy of a captured network, whose layers have the quantized one's names."""
+    if {"canonical", "folded"} <= net.facts:
+        return net
+    copy = net.clone().eval()
+    context = Context(Scheme(), TARGETS["onnxruntime"], lambda: iter(()))
+    for step in (Canonical(), FoldBN()):
+        step(copy, context)
+        copy = copy.with_facts(*step.gives)
+    return copy
+
+
+def _record(net: Net, layer: Layer, sums: _Sums | None) -> LayerRecord:
+    module = layer.module
+    quantized = isinstance(module, QuantConv2d | QuantLinear)
+    reader = _reader(net, layer.node)
+    weight = getattr(module, "weight", None)
+    weight = weight if isinstance(weight, Tensor) and isinstance(module, nn.Conv2d | nn.Linear) else None
+    low, high = reader.range() if isinstance(reader, Quantizer) and reader.ready else (None, None)
+    seen = sums is not None and sums.low <= sums.high
+    return LayerRecord(
+        name=layer.name,
+        kind=layer.kind,
+        precision=_precision(net, layer, reader),
+        weight_bits=module.weight_quantizer.spec.bits
+        if isinstance(module, QuantConv2d | QuantLinear)
+        else None,
+        activation_bits=None if reader is None else reader.spec.bits,
+        sqnr_db=None if sums is None or not seen else round(sums.sqnr_db(), 3),
+        low=low,
+        high=high,
+        weight_range_ratio=None if weight is None else range_ratio(weight),
+        weights=None if weight is None else histogram(weight),
+        activations=None
+        if sums is None or not seen
+        else Histogram(low=sums.low, high=sums.high, counts=tuple(sums.counts.tolist())),
+    )
+
+
+def _reader(net: Net, node: fx.Node) -> Quantizer | DynamicQuantizer | None:
+    """Return the quantizer that stands directly behind a node."""
+    for user in node.users:
+        if user.op == "call_module":
+            module = net.graph.get_submodule(str(user.target))
+            if isinstance(module, Quantizer | DynamicQuantizer):
+                return module
+    return None
+
+
+def _precision(net: Net, layer: Layer, reader: Quantizer | DynamicQuantizer | None) -> str:
+    sources = [s for s in layer.node.args if isinstance(s, fx.Node) and s.op == "call_module"]
+    reads = [net.graph.get_submodule(str(source.target)) for source in sources]
+    from_codes = bool(reads) and any(isinstance(m, Quantizer | DynamicQuantizer) for m in reads)
+    if isinstance(layer.module, QuantConv2d | QuantLinear):
+        return "int8" if from_codes else "float32"
+    if isinstance(layer.module, nn.Conv2d | nn.Linear):
+        return "float32"
+    before = next((s for s in sources if len(s.users) == 1), None)
+    if (
+        before is not None
+        and not from_codes
+        and isinstance(reads[sources.index(before)], QuantConv2d | QuantLinear)
+    ):
+        return "fused"
+    return "int8" if from_codes and reader is not None else "float32"
+
+
+def range_ratio(weight: Tensor) -> float:
+    """Return the largest over the smallest channel maximum of a weight; dead channels are left out."""
+    peaks = weight.detach().abs().flatten(1).amax(1)
+    alive = peaks[peaks > 0]
+    return float(alive.max() / alive.min()) if len(alive) else 1.0
+
+
+def histogram(values: Tensor) -> Histogram:
+    """Return the histogram of a tensor between its ends."""
+    flat = values.detach().flatten().float()
+    low, high = (float(v) for v in torch.aminmax(flat))
+    high = max(high, low + 1e-9)
+    counts = torch.histc(flat, _BINS, low, high)
+    return Histogram(low=low, high=high, counts=tuple(int(c) for c in counts))
