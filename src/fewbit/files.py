@@ -41,7 +41,9 @@ def write_atomically(path: Path) -> Iterator[Path]:
         beside.chmod(0o666 & ~umask)
         beside.replace(path)
     except OSError as error:
-        raise OutputError(f"{path}: writing failed ({error.strerror or error}); nothing was left behind") from error
+        raise OutputError(
+            f"{path}: writing failed ({error.strerror or error}); nothing was left behind"
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
 

@@ -17,8 +17,9 @@ FloatPrecision = Literal["float32", "bf16"]
 # Operators that only convert, move or relabel values: neither integer nor float work.
 CONVERTING = frozenset(
     {
-        "Cast", "Convert", "DequantizeLinear", "DynamicQuantizeLinear", "Flatten", "Identity", "QuantizeLinear",
-        "Reorder", "ReorderInput", "ReorderOutput", "Reshape", "Squeeze", "Transpose", "Unsqueeze",
+        "Cast", "Convert", "DequantizeLinear", "DynamicQuantizeLinear", "Flatten", "Identity",
+        "QuantizeLinear", "Reorder", "ReorderInput", "ReorderOutput", "Reshape", "Squeeze", "Transpose",
+        "Unsqueeze",
     }
 )  # fmt: skip
 
@@ -88,7 +89,7 @@ class Placement(Frozen):
         return tuple(o for o in self.operators if o.matrix and o.precision != "int8")
 
     def by_layer(self) -> dict[str, PlacedOperator]:
-        """Return the operator that each exported node became part of; nodes that the engine does not name lack."""
+        """Return the operator that each exported node became part of, as far as the engine tells."""
         return {layer: o for o in self.operators for layer in o.layers}
 
 
@@ -117,8 +118,8 @@ class Session(Protocol):
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return logits (N, classes) of images (N, C, H, W), for any N.
 
-        More images than the setting's batch go through in calls of that size, `streams` of them at once. It may be
-        called from as many threads at once as the setting has streams.
+        More images than the setting's batch go through in calls of that size, `streams` of them at once. It
+        may be called from as many threads at once as the setting has streams.
         """
         ...
 

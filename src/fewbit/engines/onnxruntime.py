@@ -1,0 +1,183 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from fewbit.engines.calls import Calls
+from fewbit.engines.session import CONVERTING, PlacedOperator, Placement, Setting
+from fewbit.errors import EngineError
+
+_ERRORS_ONLY = 3
+_MATRIX = frozenset(
+    {
+        "Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger", "ConvTranspose", "Gemm",
+        "FusedGemm", "QGemm", "MatMul", "FusedMatMul", "TransposeMatMul", "QLinearMatMul", "MatMulInteger",
+        "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits",
+    }
+)  # fmt: skip
+# Operators whose result has another type than their first input, beside QuantizeLinear and the like.
+_MAKES_INT32 = frozenset({"ConvInteger", "MatMulInteger"})
+_MAKES_FLOAT = frozenset({"DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
+_MAKES_INT64 = frozenset({"Shape", "Size", "ArgMax", "ArgMin", "NonZero"})
+# ONNX element types by number.
+_TYPES = {1: "float32", 2: "int8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 16: "bf16"}
+_QGEMM_OUTPUT_SCALE = 7
+
+
+class OnnxRuntime:
+    """Opens files with ONNX Runtime's CPU provider, all graph optimizations on.
+
+    Intra-operator threads are threads / streams, inter-operator ones 1. Threads do not spin: that would take
+    the processor from the other candidate of an interleaved measurement (and cost speed on a busy machine).
+    """
+
+    def open(self, path: Path, setting: Setting) -> OnnxRuntimeSession:
+        """Open an exported file.
+
+        Raises:
+            EngineError: ONNX Runtime refuses the file, the file's batch is fixed at another one, or bf16 is
+                asked for.
+        """
+        return OnnxRuntimeSession(path, setting)
+
+
+class OnnxRuntimeSession:
+    """A file opened by ONNX Runtime."""
+
+    def __init__(self, path: Path, setting: Setting) -> None:
+        if setting.float_precision != "float32":
+            raise EngineError(
+                f"{path.name}: onnxruntime computes nothing in {setting.float_precision} on the CPU; "
+                "use float32, or the openvino engine"
+            )
+        self.path, self.setting = path, setting
+        ort.set_default_logger_severity(_ERRORS_ONLY)
+        first = self._create()
+        # A session has one pool of threads: streams of several threads need one session each.
+        alone = setting.threads_per_stream == 1
+        slots = [first] + [first if alone else self._create() for _ in range(setting.streams - 1)]
+        self._input = first.get_inputs()[0].name
+        self._output = first.get_outputs()[0].name
+        fixed = first.get_inputs()[0].shape[0]
+        if isinstance(fixed, int) and fixed != setting.batch:
+            raise EngineError(
+                f"{path.name}: its batch is fixed at {fixed}, the setting asks for {setting.batch}; "
+                f"use --batch {fixed} or export it with a free batch axis"
+            )
+        self._fixed = fixed if isinstance(fixed, int) else 0
+        classes = first.get_outputs()[0].shape[-1]
+        self._calls = Calls(self._call, slots, setting, classes if isinstance(classes, int) else 0)
+
+    def _create(self, optimized: Path | None = None) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        options.intra_op_num_threads = self.setting.threads_per_stream
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name", f"{optimized.stem}.bin"
+            )
+        try:
+            return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors share no class but Exception
+            raise EngineError(f"{self.path.name}: onnxruntime refuses it ({_one_line(error)})") from error
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits (N, classes) of images (N, C, H, W).
+
+        Raises:
+            EngineError: The images do not fit the network, or an operator failed.
+        """
+        return self._calls.run(batch)
+
+    def _call(self, session: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        count = len(images)
+        if self._fixed > count:
+            images = np.concatenate([images, np.zeros((self._fixed - count, *images.shape[1:]), np.float32)])
+        try:
+            logits: NDArray[np.float32] = session.run([self._output], {self._input: images})[0]
+        except Exception as error:  # its errors share no class but Exception
+            raise EngineError(
+                f"{self.path.name}: onnxruntime failed on images {images.shape} ({_one_line(error)})"
+            ) from error
+        return logits[:count]
+
+    def placement(self) -> Placement:
+        """Read the optimized graph, in which every node is what runs."""
+        import onnx
+
+        from fewbit.engines.exported import ExportedGraph
+
+        exported = ExportedGraph(self.path)
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            self._create(optimized)
+            graph = onnx.load(optimized, load_external_data=False).graph
+        constants = {c.name for c in graph.initializer}
+        # A dequantizer of weights is part of the operator that reads them.
+        nodes = [n for n in graph.node if n.op_type != "DequantizeLinear" or n.input[0] not in constants]
+        owned = exported.owners([n.op_type for n in nodes], [(n.name, *n.output) for n in nodes])
+        operators = []
+        for node, layers, precision in zip(nodes, owned, _precisions(nodes, graph), strict=True):
+            floats = precision != "int8" and node.op_type not in CONVERTING
+            reasons = [exported.why_float(layer) for layer in layers] if floats else []
+            operators.append(
+                PlacedOperator(
+                    name=node.name,
+                    layers=layers,
+                    kind=node.op_type,
+                    precision=precision,
+                    matrix=node.op_type in _MATRIX,
+                    why=next((reason for reason in reasons if reason), ""),
+                )
+            )
+        return Placement(engine="onnxruntime", operators=tuple(operators))
+
+
+def _precisions(nodes: Sequence[Any], graph: Any) -> Iterator[str]:
+    """Follow the types from the inputs through the graph; an operator runs in the type of its first input."""
+    types = {value.name: _TYPES.get(value.type.tensor_type.elem_type, "float32") for value in graph.input}
+    types |= {c.name: _TYPES.get(c.data_type, "float32") for c in graph.initializer}
+    for node in nodes:
+        read = next((types[value] for value in node.input if value in types), "float32")
+        yield "int8" if node.op_type == "DynamicQuantizeMatMul" else _data_type(node, types) or read
+        made = _made_type(node, read)
+        types.update(dict.fromkeys(node.output, made))
+
+
+def _data_type(node: Any, types: dict[str, str]) -> str:
+    """Return the type of the values of operators whose first input is a scale (QLinearConcat)."""
+    return types.get(node.input[2], "int8") if node.op_type == "QLinearConcat" else ""
+
+
+def _made_type(node: Any, read: str) -> str:
+    kind = node.op_type
+    if kind in _MAKES_FLOAT or (kind == "QGemm" and not _has_input(node, _QGEMM_OUTPUT_SCALE)):
+        return "float32"
+    if kind in _MAKES_INT32:
+        return "int32"
+    if kind in _MAKES_INT64:
+        return "int64"
+    if kind == "Cast":
+        return next((_TYPES.get(a.i, "float32") for a in node.attribute if a.name == "to"), read)
+    quantized = kind in ("QuantizeLinear", "DynamicQuantizeLinear") or kind.startswith("QLinear")
+    return "int8" if quantized else read
+
+
+def _has_input(node: Any, place: int) -> bool:
+    return len(node.input) > place and bool(node.input[place])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,161 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fewbit.engines.calls import Calls
+from fewbit.engines.session import PlacedOperator, Placement, Setting
+from fewbit.errors import EngineError
+
+_HINTS = {"float32": "f32", "bf16": "bf16"}
+_PRECISIONS = {"f32": "float32", "f16": "float16", "i8": "int8", "u8": "int8", "i32": "int32", "i64": "int64"}
+_MATRIX = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
+_NOT_WORK = frozenset({"Const", "Input", "Output", "Parameter", "Result"})
+
+
+@cache
+def _openvino() -> Any:
+    """Import OpenVINO without its telemetry, which reports the import to a server if it is found."""
+    blocked = "openvino_telemetry" not in sys.modules
+    if blocked:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    finally:
+        if blocked:
+            del sys.modules["openvino_telemetry"]
+    return openvino
+
+
+@cache
+def _core() -> Any:
+    return _openvino().Core()
+
+
+class OpenVino:
+    """Opens files with OpenVINO's CPU plugin.
+
+    The precision of float operators is pinned, activations are never quantized by the engine itself, threads
+    are not pinned to cores (others use the machine too), and the batch is static, which is faster; a last
+    smaller batch is filled with zeros and cut.
+    """
+
+    def open(self, path: Path, setting: Setting) -> OpenVinoSession:
+        """Open an exported file.
+
+        Raises:
+            EngineError: OpenVINO refuses the file, or the host has no bf16 and it is asked for.
+        """
+        return OpenVinoSession(path, setting)
+
+
+class OpenVinoSession:
+    """A file compiled by OpenVINO."""
+
+    def __init__(self, path: Path, setting: Setting) -> None:
+        self.path, self.setting = path, setting
+        core = _core()
+        if setting.float_precision == "bf16" and "BF16" not in core.get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            raise EngineError(f"{path.name}: this processor has no native bf16; use float32")
+        try:
+            model = core.read_model(str(path))
+            shape = model.inputs[0].get_partial_shape()
+            shape[0] = setting.batch
+            model.reshape({model.inputs[0]: shape})
+            self._compiled = core.compile_model(model, "CPU", self._options())
+        except Exception as error:  # OpenVINO raises RuntimeError and others
+            raise EngineError(f"{path.name}: openvino refuses it ({_one_line(error)})") from error
+        requests = [self._compiled.create_infer_request() for _ in range(setting.streams)]
+        self._shape = tuple(self._compiled.inputs[0].get_shape())
+        self._calls = Calls(self._call, requests, setting, self._compiled.outputs[0].get_shape()[-1])
+
+    def _options(self) -> dict[str, object]:
+        return {
+            "INFERENCE_PRECISION_HINT": _HINTS[self.setting.float_precision],
+            "INFERENCE_NUM_THREADS": self.setting.threads_per_stream * self.setting.streams,
+            "NUM_STREAMS": self.setting.streams,
+            "ENABLE_CPU_PINNING": False,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        }
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits (N, classes) of images (N, C, H, W).
+
+        Raises:
+            EngineError: The images do not fit the network, or an operator failed.
+        """
+        return self._calls.run(batch)
+
+    def _call(self, request: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        count = len(images)
+        if images.shape[1:] != self._shape[1:]:
+            raise EngineError(
+                f"{self.path.name}: openvino got images {images.shape[1:]}, "
+                f"the network takes {self._shape[1:]}"
+            )
+        if count < self._shape[0]:
+            images = np.concatenate(
+                [images, np.zeros((self._shape[0] - count, *self._shape[1:]), np.float32)]
+            )
+        try:
+            request.start_async([images], share_inputs=True)
+            request.wait()
+            logits: NDArray[np.float32] = np.array(request.get_output_tensor(0).data[:count])
+        except Exception as error:  # OpenVINO raises RuntimeError and others
+            raise EngineError(f"{self.path.name}: openvino failed ({_one_line(error)})") from error
+        return logits
+
+    def placement(self) -> Placement:
+        """Read the graph that runs: kernels and precisions as OpenVINO reports them."""
+        from fewbit.engines.exported import ExportedGraph
+
+        exported = ExportedGraph(self.path)
+        nodes, facts, constant = [], [], set[str]()
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            told = {key: value.value for key, value in node.rt_info.items()}
+            makers = [value.get_node().get_friendly_name() for value in node.input_values()]
+            # What depends on constants alone runs once, when the file is opened.
+            if told["layerType"] == "Const" or (makers and constant.issuperset(makers)):
+                constant.add(node.get_friendly_name())
+            elif told["layerType"] not in _NOT_WORK:
+                nodes.append(node.get_friendly_name())
+                facts.append(told)
+        names = [[n for n in told["originalLayersNames"].split(",") if n] for told in facts]
+        owned = exported.owners([told["layerType"] for told in facts], names)
+        return Placement(
+            engine="openvino",
+            operators=tuple(
+                _operator(name, told, layers, exported, tokens)
+                for name, told, layers, tokens in zip(nodes, facts, owned, names, strict=True)
+            ),
+        )
+
+
+def _operator(
+    name: str, told: dict[str, str], layers: tuple[str, ...], exported: Any, tokens: list[str]
+) -> PlacedOperator:
+    kind, matrix = told["layerType"], told["layerType"] in _MATRIX
+    precision = _PRECISIONS.get(told["runtimePrecision"], told["runtimePrecision"])
+    if not layers and not matrix:
+        kind = exported.only_quantizes(tokens) or kind
+    why = told["primitiveType"]
+    if matrix and precision != "int8":
+        reasons = [reason for reason in map(exported.why_float, layers) if reason]
+        why = f"{why}: {reasons[0]}" if reasons else why
+    return PlacedOperator(name=name, layers=layers, kind=kind, precision=precision, matrix=matrix, why=why)
+
+
+def _one_line(error: Exception) -> str:
+    """Drop the places in OpenVINO's sources."""
+    lines = (" ".join(line.split()) for line in str(error).splitlines())
+    told = [line for line in lines if line and not line.startswith(("Exception from ", "Check '"))]
+    return " ".join(told or str(error).split())[:300]

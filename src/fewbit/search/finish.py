@@ -1,0 +1,237 @@
+"""The end of a search: finalists are confirmed on the holdout images, timed side by side, and the best is kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from fewbit.engines.session import Setting
+from fewbit.errors import EngineError
+from fewbit.files import write_atomically, write_text
+from fewbit.measure.accuracy import Predictions, compare
+from fewbit.measure.speed import Timing
+from fewbit.recipe import Recipe, read_recipe
+from fewbit.search.answer import advice, describe, finalists, holdout_advice, told_apart
+from fewbit.search.budget import Measured
+from fewbit.search.settings import evaluation
+from fewbit.search.standing import Standing
+from fewbit.search.trial import Answer, Confirmation, Trial
+from fewbit.search.trials import Trials
+
+_MOST_CONFIRMED = 3
+_MOST_TRIED = 8
+_WORTH = 0.93
+_ROUNDS = 20
+_BLOCK_S = 0.2
+
+Inside = Callable[[str, float], None]
+
+
+class Finalist(NamedTuple):
+    """A trial with what the holdout images say of it."""
+
+    trial: Trial
+    confirmation: Confirmation
+
+    @property
+    def confirmed(self) -> bool:
+        """Every budget holds on the holdout images too."""
+        return all(check.met for check in self.confirmation.checks)
+
+
+class Finish:
+    """Turns what was measured into an answer.
+
+    Args:
+        trials: Runs files.
+        view: How the race stands.
+        folder: The study's folder.
+        budget_s: Seconds for timing; accuracy on the holdout images takes what it takes.
+        inside: Told what is going on and the fraction done.
+    """
+
+    def __init__(self, trials: Trials, view: Standing, folder: Path, budget_s: float, inside: Inside) -> None:
+        self.trials, self.view, self.folder, self.budget_s, self.inside = (
+            trials,
+            view,
+            folder,
+            budget_s,
+            inside,
+        )
+        self.notes: list[str] = []
+
+    def answer(self) -> Answer | None:
+        """Return the answer, the nearest trial where none is inside; none where nothing ran at all."""
+        confirmed, missed = self._confirm()
+        if confirmed:
+            chosen = self._choose(confirmed)
+            found, text = True, ""
+        elif missed:
+            chosen, found = missed[0], False
+            figures = self._figures(chosen.trial, chosen.confirmation)
+            text = holdout_advice(self.view, figures, describe(chosen.trial))
+        else:
+            nearest = self._nearest()
+            if nearest is None:
+                return None
+            chosen, found, text = nearest, False, advice(self.view, nearest.trial)
+        self._keep(chosen.trial)
+        return self._answer(chosen, found, text)
+
+    def _confirm(self) -> tuple[list[Finalist], list[Finalist]]:
+        """Walk down the finalists until enough are confirmed; return those that are and those that are not."""
+        confirmed, missed = list[Finalist](), list[Finalist]()
+        for trial in finalists(self.view)[:_MOST_TRIED]:
+            if confirmed:
+                best, value = self.view.value(confirmed[0].trial), self.view.value(trial)
+                if len(confirmed) == _MOST_CONFIRMED or value < best - (1 - _WORTH) * abs(best):
+                    break
+            finalist = self._try(trial)
+            if finalist is None:
+                continue
+            (confirmed if finalist.confirmed else missed).append(finalist)
+            if not finalist.confirmed:
+                self.notes.append(
+                    f"{describe(trial)} is inside the budget on the search images, not on the holdout images; "
+                    "the next best was taken"
+                )
+        return confirmed, missed
+
+    def _nearest(self) -> Finalist | None:
+        left = Standing(self.view.terms, self.view.trials)
+        while (nearest := left.nearest()) is not None:
+            finalist = self._try(nearest)
+            if finalist is not None:
+                return finalist
+            left = Standing(left.terms, [t for t in left.trials if t.key != nearest.key])
+        return None
+
+    def _try(self, trial: Trial) -> Finalist | None:
+        try:
+            return Finalist(trial, self._confirmation(trial))
+        except EngineError as error:
+            self.trials.sessions.forget(trial.setting.engine)
+            self.notes.append(f"{describe(trial)}: could not be confirmed: {error}")
+            return None
+
+    def _confirmation(self, trial: Trial) -> Confirmation:
+        bench = self.trials.benches[trial.network]
+        before = self.trials.reference(bench, self.view, "holdout")
+        after = self._holdout(trial)
+        if before is None:
+            before = after
+        checks = (
+            budget.check(
+                Measured(after.accuracy(), compare(before, after), trial.bytes, trial.timing),
+                self.view.terms.confidence,
+            )
+            for budget in self.view.terms.budgets
+        )
+        return Confirmation(
+            key=trial.key,
+            accuracy=after.accuracy(),
+            float_accuracy=before.accuracy(),
+            versus_float=compare(before, after),
+            checks=tuple(check for check in checks if check is not None),
+        )
+
+    def _holdout(self, trial: Trial) -> Predictions:
+        kept = self.trials.journal.predictions(trial.key, "holdout")
+        if kept is not None:
+            return kept
+        setting = evaluation(trial.setting.engine, trial.setting.float_precision, self.trials.speeds.threads)
+        bench = self.trials.benches[trial.network]
+        found = self.trials.predict(bench, self._file(trial), setting, "holdout", self.inside)
+        self.trials.journal.add_predictions(trial.key, "holdout", found)
+        return found
+
+    def _figures(self, trial: Trial, confirmation: Confirmation) -> Measured:
+        return Measured(confirmation.accuracy, confirmation.versus_float, trial.bytes, trial.timing)
+
+    def _choose(self, confirmed: list[Finalist]) -> Finalist:
+        """Time the confirmed finalists side by side and take the fastest; for size the first is the smallest."""
+        if len(confirmed) == 1 or self.view.terms.objective == "size":
+            return confirmed[0]
+        self.inside("timing the finalists", 0.0)
+        run = [(self._file(f.trial), f.trial.setting) for f in confirmed]
+        baseline = self._baseline(confirmed[0].trial)
+        try:
+            timings = self.trials.speeds.time_all(
+                [baseline, *run], _ROUNDS // 2, _BLOCK_S, self.budget_s / 3
+            )[1:]
+        except EngineError as error:
+            self.trials.sessions.forget(confirmed[0].trial.setting.engine)
+            self.notes.append(f"the finalists could not be timed side by side: {error}")
+            return confirmed[0]
+        figures = []
+        for finalist, timing in zip(confirmed, timings, strict=True):
+            assert timing.ratio is not None and timing.ratio_interval is not None
+            figures.append((finalist.trial, timing.ratio, timing.ratio_interval.low))
+        best = told_apart(figures, self.view)
+        return next(f for f in confirmed if f.trial.key == best.key)
+
+    def _answer(self, chosen: Finalist, found: bool, text: str) -> Answer:
+        trial = chosen.trial
+        self.inside("timing the answer", 0.5)
+        path, baseline = self._file(trial), self._baseline(trial)
+        timing = self._time(trial, path, baseline)
+        overall = self._overall(trial, path, baseline) if found else None
+        return Answer(
+            found=found,
+            key=trial.key,
+            timing=timing,
+            float_setting=baseline[1],
+            checks=self.view.checks(trial),
+            confirmation=chosen.confirmation,
+            advice=text,
+            overall=overall,
+        )
+
+    def _time(self, trial: Trial, path: Path, baseline: tuple[Path, Setting]) -> Timing:
+        try:
+            return self.trials.speeds.time(
+                path, trial.setting, baseline, _ROUNDS, _BLOCK_S, self.budget_s / 2
+            )
+        except EngineError as error:
+            if trial.timing is None:
+                raise
+            self.trials.sessions.forget(trial.setting.engine)
+            self.notes.append(f"the final timing failed, the trial's own stands: {error}")
+            return trial.timing
+
+    def _overall(self, trial: Trial, path: Path, baseline: tuple[Path, Setting]) -> Timing | None:
+        """Time the answer against the fastest float32 inside the budgets, where that is another network."""
+        floats = [t for t in self.view.ranked() if t.recipe == "float32"]
+        if not floats or floats[0].network == trial.network:
+            return None
+        other = self._baseline(floats[0])
+        if other == baseline:
+            return None
+        try:
+            return self.trials.speeds.time(
+                path, trial.setting, other, _ROUNDS // 2, _BLOCK_S, self.budget_s / 3
+            )
+        except EngineError as error:
+            self.trials.sessions.forget(trial.setting.engine)
+            self.notes.append(f"{describe(trial)} could not be timed against {describe(floats[0])}: {error}")
+            return None
+
+    def _baseline(self, trial: Trial) -> tuple[Path, Setting]:
+        bench = self.trials.benches[trial.network]
+        path = self.trials.file(bench, read_recipe("float32"), trial.setting.engine)
+        return path, self.trials.speeds.baseline(bench.name, path)
+
+    def _file(self, trial: Trial) -> Path:
+        bench = self.trials.benches[trial.network]
+        return self.trials.file(
+            bench, Recipe.from_toml(trial.recipe_toml, trial.recipe), trial.setting.engine
+        )
+
+    def _keep(self, trial: Trial) -> None:
+        """Put the file to deploy and its recipe into best/."""
+        best = self.folder / "best"
+        with write_atomically(best / "model.onnx") as beside:
+            shutil.copyfile(self._file(trial), beside)
+        write_text(best / "recipe.toml", trial.recipe_toml)

@@ -1,0 +1,122 @@
+"""What a search needs before its first trial: networks loaded, images decoded and split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fewbit import __version__
+from fewbit.data.image_set import ImageSet
+from fewbit.data.images import ImageSource, open_images
+from fewbit.data.sample import choose_balanced, split
+from fewbit.load.capture import load
+from fewbit.load.card import Card
+from fewbit.measure.host import Host
+from fewbit.search.journal import Part
+from fewbit.search.options import StudyOptions
+from fewbit.search.trial import DataRecord, Skipped
+from fewbit.search.workbench import Images, Workbench
+
+_NAMED = 5
+_CALIBRATION_SHARE = 6
+
+Tell = Callable[[str, float], None]
+
+
+def gather(options: StudyOptions, tell: Tell) -> tuple[tuple[Workbench, ...], DataRecord]:
+    """Load the networks, open and decode the images, and split them.
+
+    Args:
+        options: What the search is told.
+        tell: Told what is going on and the fraction done.
+
+    Returns:
+        One workbench a card, and what the images are.
+
+    Raises:
+        InputError: A network or the images cannot be used.
+    """
+    nets = []
+    for place, card in enumerate(options.cards):
+        tell(f"loading {card.network.name}", place / len(options.cards))
+        nets.append(load(card, options.seed))
+    shared: dict[tuple[Path | None, str, int], Images] = {}
+    wholes: list[ImageSet] = []
+    benches = []
+    for card, net in zip(options.cards, nets, strict=True):
+        known = (card.labels_path, card.input.digest(), card.network.classes)
+        if known not in shared:
+            whole = _open(options, card, options.data)
+            whole.decode(lambda fraction: tell("decoding images", fraction))
+            wholes.append(whole)
+            shared[known] = _split(options, card, whole)
+        benches.append(Workbench(card, net, shared[known], options.out / "files", options.seed))
+    return tuple(benches), _record(options, benches[0], wholes[0])
+
+
+def identity(
+    options: StudyOptions, benches: tuple[Workbench, ...], host: Host, versions: dict[str, str]
+) -> dict[str, str]:
+    """Return what the trials of a search depend on, by readable name; see `Journal`."""
+    found = {
+        "fewbit": __version__,
+        "host": f"{host.cpu}, {host.cores} cores, {' '.join(host.isa)}",
+        "objective": options.objective,
+        "batch": ",".join(str(batch) for batch in sorted(options.batches)),
+        "threads": str(options.threads or host.cores),
+        "seed": str(options.seed),
+    }
+    found |= {name: versions[name] for name in ("torch", "onnxruntime", "openvino") if name in versions}
+    for bench in benches:
+        found[f"network {bench.name}"] = bench.digest
+        found[f"network {bench.name} search images"] = bench.images.search.digest
+        found[f"network {bench.name} calibration images"] = bench.images.calibration.digest
+    return found
+
+
+def expected_parts(options: StudyOptions, bench: Workbench) -> tuple[Part, ...]:
+    """Return the parts of the images that the card's expected figures are of; none where of other images."""
+    card, images = bench.card, bench.images
+    parts: tuple[Part, ...] = ("search", "holdout")
+    if options.calibration is None:
+        parts = ("calibration", *parts)
+    if card.expected is None or card.expected_data_path is None or not card.expected_data_path.exists():
+        return ()
+    same = options.data.samefile(card.expected_data_path)
+    return parts if same and card.expected.images == sum(len(images.part(part)) for part in parts) else ()
+
+
+def _open(options: StudyOptions, card: Card, path: Path) -> ImageSet:
+    source = _source(options, card, path)
+    return ImageSet(source, card.input, card.network.classes)
+
+
+def _source(options: StudyOptions, card: Card, path: Path) -> ImageSource:
+    return open_images(path, card.labels_path, options.strict, card.network.classes)
+
+
+def _split(options: StudyOptions, card: Card, whole: ImageSet) -> Images:
+    if options.calibration is not None:
+        source = _source(options, card, options.calibration)
+        chosen = choose_balanced(source.targets, options.calibration_images, options.seed)
+        calibration = ImageSet(source, card.input, card.network.classes, indices=chosen)
+        calibration.decode()
+        parts = split(whole.targets, 0, options.holdout_fraction, options.seed)
+    else:
+        count = min(options.calibration_images, len(whole) // _CALIBRATION_SHARE)
+        parts = split(whole.targets, max(1, count), options.holdout_fraction, options.seed)
+        calibration = whole.subset(parts.calibration)
+    return Images(calibration, whole.subset(parts.search), whole.subset(parts.holdout))
+
+
+def _record(options: StudyOptions, bench: Workbench, whole: ImageSet) -> DataRecord:
+    skipped = whole.skipped
+    return DataRecord(
+        source=str(options.data),
+        images_digest=whole.digest,
+        calibration=len(bench.images.calibration),
+        search=len(bench.images.search),
+        holdout=len(bench.images.holdout),
+        classes=bench.card.network.classes,
+        skipped=Skipped(count=len(skipped), names=tuple(image.name for image in skipped[:_NAMED])),
+    )

@@ -1,0 +1,238 @@
+"""Which trial comes next: a ladder of rungs from cheap to dear, each a pure function of what was measured so far.
+
+A rung is one row of `RUNGS`: a name and a function from `Standing` to the next proposal or none. The ladder asks
+the rungs in order and takes the first proposal. The same history gives the same proposal, so a search that was
+killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from fewbit.engines.session import EngineName, FloatPrecision
+from fewbit.search.standing import Pair, Standing
+from fewbit.search.trial import Trial
+from fewbit.spec import Frozen
+
+PLAIN = "int8"
+BETTER_RANGES = ("int8-moving-average", "int8-percentile", "int8-mse")
+WEIGHTS_ONLY = "int8-weights-only"
+
+
+class Proposal(Frozen):
+    """What to measure next.
+
+    Attributes:
+        rung: The step of the ladder that proposes it.
+        network: Name of the card.
+        engine: Which engine runs it.
+        recipe: Its name in the study; no (network, engine, recipe) is proposed twice.
+        base: The shipped recipe that it is made from.
+        float_precision: What float operators are computed in.
+        keep_float: Layers left in float.
+    """
+
+    rung: str
+    network: str
+    engine: EngineName
+    recipe: str
+    base: str
+    float_precision: FloatPrecision = "float32"
+    keep_float: tuple[str, ...] = ()
+
+
+class Searcher(Protocol):
+    """Proposes trials from what was measured."""
+
+    def propose(self, history: Sequence[Trial]) -> Proposal | None:
+        """Return the next trial to measure, none where there is nothing left worth it."""
+        ...
+
+
+Ranking = Callable[[str, EngineName, str], tuple[str, ...]]
+"""(network, engine, recipe) -> its layers, the one whose rounding costs most first."""
+
+
+class Rung(NamedTuple):
+    """One row of the ladder."""
+
+    name: str
+    propose: Callable[[Standing, Ranking], Proposal | None]
+
+
+class Ladder:
+    """The searcher that climbs `RUNGS`.
+
+    Args:
+        standing: Makes the view of a history: see `fewbit.search.standing.Standing`.
+        ranking: Gives the order in which layers are left in float; asked only by the rung that needs it.
+    """
+
+    def __init__(self, standing: Callable[[Sequence[Trial]], Standing], ranking: Ranking) -> None:
+        self._standing, self._ranking = standing, ranking
+
+    def propose(self, history: Sequence[Trial]) -> Proposal | None:
+        """Return the first proposal of the lowest rung that has one."""
+        view = self._standing(history)
+        for rung in RUNGS:
+            proposal = rung.propose(view, self._ranking)
+            if proposal is not None:
+                return proposal
+        return None
+
+
+def float32(view: Standing, _: Ranking) -> Proposal | None:
+    """Every network in float32 on every engine: the accuracy to keep and the speed to beat."""
+    return _first_new(
+        view,
+        (
+            Proposal(rung="float32", network=n, engine=e, recipe="float32", base="float32")
+            for n in view.terms.networks
+            for e in view.terms.engines
+        ),
+    )
+
+
+def bf16(view: Standing, _: Ranking) -> Proposal | None:
+    """The float file in bfloat16 where the host computes in it: no calibration, often no accuracy lost."""
+    pairs = (p for p in _by_promise(view) if p.engine in view.terms.bf16_engines)
+    return _first_new(
+        view,
+        (
+            Proposal(
+                rung="bf16",
+                network=p.network,
+                engine=p.engine,
+                recipe="bf16",
+                base="float32",
+                float_precision="bf16",
+            )
+            for p in pairs
+            if not _out_of_the_race(view, p.network)
+        ),
+    )
+
+
+def int8(view: Standing, _: Ranking) -> Proposal | None:
+    """Plain int8 on every engine; the most promising network first."""
+    return _first_new(
+        view,
+        (
+            _int8_proposal("int8", p, PLAIN)
+            for p in _by_promise(view)
+            if not _out_of_the_race(view, p.network)
+        ),
+    )
+
+
+def ranges(view: Standing, _: Ranking) -> Proposal | None:
+    """Better range estimators: the same speed, so only while the budget is not held, or held within noise."""
+    for pair in _climbing(view):
+        if any(view.proven(t) for t in view.int8_trials(pair)):
+            continue
+        for name in BETTER_RANGES:
+            proposal = _int8_proposal("ranges", pair, name)
+            if not view.has(proposal.network, proposal.engine, proposal.recipe):
+                return proposal
+    return None
+
+
+def weights_only(view: Standing, _: Ranking) -> Proposal | None:
+    """Weights in int8, arithmetic in float: as small as int8 and nearer to float, but slow; only for size."""
+    if view.terms.objective != "size":
+        return None
+    return _first_new(
+        view,
+        (
+            _int8_proposal("weights-only", p, WEIGHTS_ONLY)
+            for p in _climbing(view)
+            if not any(view.meets(t) for t in view.int8_trials(p))
+        ),
+    )
+
+
+def float_layers(view: Standing, ranking: Ranking) -> Proposal | None:
+    """Leave in float the layers that cost most accuracy: 1, 2, 4, ... of them, then bisect back."""
+    for pair in _climbing(view):
+        base = view.most_accurate(pair)
+        if base is None or any(view.meets(t) for t in view.int8_trials(pair)):
+            continue
+        layers = ranking(pair.network, pair.engine, base)
+        count = _next_count(view, pair, base, len(layers))
+        if count is not None:
+            return Proposal(
+                rung="float-layers",
+                network=pair.network,
+                engine=pair.engine,
+                recipe=f"{base}-float{count}",
+                base=base,
+                float_precision="bf16" if pair.engine in view.terms.bf16_engines else "float32",
+                keep_float=layers[:count],
+            )
+    return None
+
+
+RUNGS: tuple[Rung, ...] = (
+    Rung("float32", float32),
+    Rung("bf16", bf16),
+    Rung("int8", int8),
+    Rung("ranges", ranges),
+    Rung("weights-only", weights_only),
+    Rung("float-layers", float_layers),
+)
+
+
+def _int8_proposal(rung: str, pair: Pair, name: str) -> Proposal:
+    return Proposal(rung=rung, network=pair.network, engine=pair.engine, recipe=name, base=name)
+
+
+def _first_new(view: Standing, proposals: Iterator[Proposal]) -> Proposal | None:
+    return next((p for p in proposals if not view.has(p.network, p.engine, p.recipe)), None)
+
+
+def _by_promise(view: Standing) -> list[Pair]:
+    """Pairs of network and engine: networks whose float32 is inside the budget first, then by float32 speed."""
+
+    def order(pair: Pair) -> tuple[bool, float, float]:
+        outside = view.float_excess(pair.network) > 0
+        return outside, view.float_excess(pair.network) if outside else 0.0, -view.float_speed(pair)
+
+    pairs = [p for p in view.pairs() if view.float_trial(p.network) is not None]
+    return sorted(pairs, key=order)
+
+
+def _out_of_the_race(view: Standing, network: str) -> bool:
+    """Even its float32 is clearly outside the budget, while another network is inside."""
+    return view.hopeless(network) and view.best() is not None
+
+
+def _climbing(view: Standing) -> list[Pair]:
+    """Pairs worth a dearer rung: int8 there is faster than the best inside the budget, and accuracy is what lacks."""
+    worth = []
+    for pair in view.pairs():
+        speed = view.int8_value(pair)
+        best = view.best(without=pair)
+        if speed is None or view.hopeless(pair.network):
+            continue
+        if (best is None or speed > view.value(best)) and not view.lacks_more_than_accuracy(pair):
+            worth.append((speed, pair))
+    return [pair for _, pair in sorted(worth, key=lambda item: -item[0])]
+
+
+def _next_count(view: Standing, pair: Pair, base: str, layers: int) -> int | None:
+    """How many layers to leave in float next: doubling until the budget holds, then bisecting back."""
+    tried = {len(t.keep_float): t for t in view.float_layer_trials(pair, base)}
+    inside = [count for count, t in tried.items() if view.meets(t)]
+    if not inside:
+        best = view.best(without=pair)
+        count = 1
+        while count in tried:
+            slower = best is not None and view.value(tried[count]) <= view.value(best)
+            if slower or tried[count].state == "failed":
+                return None
+            count *= 2
+        return count if count < layers else None
+    top = min(inside)
+    low = max((count for count in tried if count < top), default=0)
+    return (low + top) // 2 if top - low > max(1, top // 8) else None

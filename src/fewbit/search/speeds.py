@@ -1,0 +1,214 @@
+"""The speed side of a search: which setting runs a file best, and by how much it beats float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import TypeAdapter
+
+from fewbit.engines.process import EngineProcess, RemoteSession
+from fewbit.engines.session import EngineName, FloatPrecision, Setting
+from fewbit.errors import EngineError
+from fewbit.measure.speed import Goal, Surveyed, Timing, measure_interleaved, survey
+from fewbit.search.budget import Budget
+from fewbit.search.journal import Journal
+from fewbit.search.settings import first_stage, second_stage
+from fewbit.search.standing import Terms
+
+_SURVEY_S = 1.5
+_SURVEYS = TypeAdapter(tuple[Surveyed, ...])
+
+
+class Sessions:
+    """Opened files, one process an engine; a process that died is replaced when the next file is opened."""
+
+    def __init__(self) -> None:
+        self._processes: dict[EngineName, EngineProcess] = {}
+        self._open: dict[tuple[Path, Setting], RemoteSession] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes.values():
+            process.close()
+
+    def get(self, path: Path, setting: Setting) -> RemoteSession:
+        """Return the file opened with a setting, opening it where it is not.
+
+        Raises:
+            EngineError: The engine refuses the file, crashed or hung.
+        """
+        if (path, setting) not in self._open:
+            if setting.engine not in self._processes:
+                self._processes[setting.engine] = EngineProcess(setting.engine)
+            self._open[path, setting] = self._processes[setting.engine].open(path, setting)
+        return self._open[path, setting]
+
+    def free(self, keep: tuple[Path, Setting] | None = None) -> None:
+        """Close every file but one; those of a process that died are forgotten."""
+        for key in [key for key in self._open if key != keep]:
+            session = self._open.pop(key)
+            try:
+                session.close()
+            except EngineError:
+                self.forget(key[1].engine)
+
+    def forget(self, engine: EngineName) -> None:
+        """Let go of an engine's process and of all that was open in it."""
+        for key in [key for key in self._open if key[1].engine == engine]:
+            del self._open[key]
+        process = self._processes.pop(engine, None)
+        if process is not None:
+            process.close()
+
+
+class Speeds:
+    """Chooses settings and times files; every choice goes into the journal, so that a resumed search repeats it.
+
+    Args:
+        terms: What is better, and which latency is allowed.
+        batches: Batch sizes allowed.
+        threads: Threads of a run.
+        journal: Where choices are kept.
+        sessions: Where files are opened.
+        seed: Of the order of rounds.
+    """
+
+    def __init__(
+        self,
+        terms: Terms,
+        batches: Sequence[int],
+        threads: int,
+        journal: Journal,
+        sessions: Sessions,
+        seed: int,
+    ) -> None:
+        self.terms, self.batches, self.threads = terms, tuple(batches), threads
+        self.journal, self.sessions, self.seed = journal, sessions, seed
+
+    def survey(self, path: Path, engine: EngineName, float_precision: FloatPrecision) -> tuple[Surveyed, ...]:
+        """Try the settings worth trying for a file, the best first.
+
+        Raises:
+            EngineError: The engine does not run the file in any setting.
+        """
+        name = f"survey {path.stem} {engine} {float_precision}"
+        kept = self.journal.decision(name)
+        if kept is not None:
+            return _SURVEYS.validate_json(kept)
+        first = first_stage(self.terms.objective, engine, float_precision, self.batches, self.threads)
+        found = self._survey(path, first)
+        others = second_stage(self.terms.objective, found[0].setting, self.batches)
+        if others:
+            try:
+                found = self._survey(path, (found[0].setting, *others)) + found[1:]
+            except EngineError:  # a batch too large for it takes its process down; the first stage stands
+                self.sessions.forget(engine)
+        self.journal.decide(name, _SURVEYS.dump_json(found).decode())
+        return found
+
+    def best(self, surveyed: Sequence[Surveyed]) -> Setting:
+        """Return the best setting of a survey, among those inside the budgets of latency where there are any."""
+        inside = [
+            s for s in surveyed if s.rounds and all(b.holds(s.ms_per_batch) for b in self._latency_budgets())
+        ]
+        return (inside or list(surveyed))[0].setting
+
+    def baseline(self, network: str, path: Path) -> Setting:
+        """Return the setting in which true float32 of a network is fastest, whichever engine runs it.
+
+        Raises:
+            EngineError: No engine runs it.
+        """
+        name = f"baseline {network}"
+        kept = self.journal.decision(name)
+        if kept is not None:
+            return Setting.model_validate_json(kept)
+        found, reasons = list[Surveyed](), list[str]()
+        for engine in self.terms.engines:
+            try:
+                surveyed = self.survey(path, engine, "float32")
+            except EngineError as error:
+                self.sessions.forget(engine)
+                reasons.append(str(error))
+                continue
+            setting = self.best(surveyed)
+            found.append(next(s for s in surveyed if s.setting == setting))
+            self.sessions.free()
+        if not found:
+            raise EngineError(reasons[0])
+        chosen = self._race(path, [s.setting for s in found])
+        self.journal.decide(name, chosen.model_dump_json())
+        return chosen
+
+    def time(
+        self,
+        path: Path,
+        setting: Setting,
+        against: tuple[Path, Setting],
+        rounds: int,
+        block_s: float,
+        budget_s: float,
+    ) -> Timing:
+        """Time a file side by side with the float32 baseline.
+
+        Raises:
+            EngineError: One of the two failed.
+        """
+        pair = [self.sessions.get(*against), self.sessions.get(path, setting)]
+        timings = measure_interleaved(
+            pair, rounds, block_s, self.seed, baseline=0, against=_name(against[1]), budget_s=budget_s
+        )
+        return timings[1]
+
+    def time_all(
+        self, candidates: Sequence[tuple[Path, Setting]], rounds: int, block_s: float, budget_s: float
+    ) -> list[Timing]:
+        """Time files side by side, the first being what the ratios are against."""
+        opened = [self.sessions.get(*candidate) for candidate in candidates]
+        return measure_interleaved(
+            opened, rounds, block_s, self.seed, baseline=0, against=_name(candidates[0][1]), budget_s=budget_s
+        )
+
+    def _race(self, path: Path, settings: Sequence[Setting]) -> Setting:
+        """Return the faster of the engines' best settings, side by side."""
+        if len(settings) == 1:
+            return settings[0]
+        timings = measure_interleaved(
+            [self.sessions.get(path, s) for s in settings],
+            6,
+            0.1,
+            self.seed,
+            baseline=None,
+            budget_s=_SURVEY_S,
+        )
+        self.sessions.free()
+        return max(timings, key=lambda t: t.images_per_s).setting
+
+    def _survey(self, path: Path, settings: Sequence[Setting]) -> tuple[Surveyed, ...]:
+        sessions, reasons = list[RemoteSession](), list[str]()
+        for setting in settings:
+            try:
+                sessions.append(self.sessions.get(path, setting))
+            except EngineError as error:
+                reasons.append(str(error))
+        goal: Goal = "latency" if self.terms.objective == "latency" else "throughput"
+        found = tuple(survey(sessions, _SURVEY_S, 1, self.seed, goal=goal)) if sessions else ()
+        if not any(s.rounds for s in found):
+            raise EngineError(
+                next((s.reason for s in found if s.reason), reasons[0] if reasons else "it did not run")
+            )
+        return found
+
+    def _latency_budgets(self) -> list[Budget]:
+        return [b for b in self.terms.budgets if b.measure == "latency"]
+
+
+def _name(setting: Setting) -> str:
+    return f"float32 on {setting.engine}, batch {setting.batch}, threads {setting.threads}, streams {setting.streams}"

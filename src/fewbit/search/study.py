@@ -1,0 +1,337 @@
+"""`run_study`: many recipes and networks under budgets, every trial in a journal, an answer at the end."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from fewbit.engines.session import EngineName
+from fewbit.errors import InputError
+from fewbit.files import write_text
+from fewbit.measure.accuracy import Predictions
+from fewbit.measure.host import Host, describe_host, versions
+from fewbit.search.finish import Finish
+from fewbit.search.gather import expected_parts, gather, identity
+from fewbit.search.journal import Journal, Part, read_study
+from fewbit.search.ladder import Ladder, Proposal
+from fewbit.search.options import StudyOptions
+from fewbit.search.speeds import Sessions, Speeds
+from fewbit.search.standing import Standing, Terms
+from fewbit.search.trial import Answer, DataRecord, StudyRecord, Trial
+from fewbit.search.trials import Trials
+from fewbit.search.watch import Event, EventKind, Watch, silence
+from fewbit.search.workbench import Workbench
+
+__all__ = ["read_study", "run_study"]
+
+_FINISH_S = 16.0
+_FIRST_TRIAL_S = 8.0
+
+
+class _Known(NamedTuple):
+    """What does not change while a search runs."""
+
+    options: StudyOptions
+    terms: Terms
+    host: Host
+    versions: dict[str, str]
+    benches: tuple[Workbench, ...]
+    data: DataRecord
+
+
+def run_study(options: StudyOptions, watch: Watch = silence) -> StudyRecord:
+    """Search for the fastest (or smallest) network inside the budgets.
+
+    Every finished trial is in the journal `out/study.db`; a search that was killed goes on from there with
+    `resume`. The deployable file and its recipe are left in `out/best/`.
+
+    Args:
+        options: What to search.
+        watch: Told what happens.
+
+    Returns:
+        Everything that a report needs. Its `answer.found` says whether a network is inside every budget; the
+        answer is none only where no engine ran any network.
+
+    Raises:
+        InputError: The networks, the images, the folder or its journal cannot be used.
+    """
+    begin = time.perf_counter()
+    _check_writable(options)
+    host, known_versions = describe_host(), versions()
+
+    def tell(text: str, fraction: float) -> None:
+        watch(Event("progress", text, inside=fraction))
+
+    benches, data = gather(options, tell)
+    known = _Known(options, _terms(options, host), host, known_versions, benches, data)
+    with ExitStack() as stack:
+        journal = stack.enter_context(
+            Journal(options.out, identity(options, benches, host, known_versions), options.resume)
+        )
+        sessions = stack.enter_context(Sessions())
+        return _Search(known, journal, sessions, watch, begin).run()
+
+
+class _Search:
+    """One run of a search; an earlier run of the same study may have done a part."""
+
+    def __init__(
+        self, known: _Known, journal: Journal, sessions: Sessions, watch: Watch, begin: float
+    ) -> None:
+        self.known, self.journal, self.watch, self.begin = known, journal, watch, begin
+        options, terms = known.options, known.terms
+        threads = options.threads or known.host.cores
+        speeds = Speeds(terms, options.batches, threads, journal, sessions, options.seed)
+        expected = {bench.name: expected_parts(options, bench) for bench in known.benches}
+        self.trials = Trials(known.benches, expected, journal, sessions, speeds)
+        self.earlier_s = float(journal.decision("seconds") or 0.0)
+        self.notes = _first_notes(known)
+        self.history: list[Trial] = []
+        self.rung = ""
+
+    def run(self) -> StudyRecord:
+        """Climb the ladder, then find the answer among what was measured."""
+        for note in self.notes:
+            self._tell("note", note)
+        self._meet_terms()
+        self.history = list(self.journal.trials())
+        ladder = Ladder(lambda history: Standing(self.known.terms, history), self._ranking)
+        while (proposal := ladder.propose(self.history)) is not None and self._may_go_on():
+            self._measure(proposal)
+        self._check_expected()
+        answer = self._earlier_answer() if proposal is None else None
+        if answer is None:
+            answer = self._finish()
+        record = self._record(answer)
+        self.journal.decide("record", record.model_dump_json())
+        text = "nothing ran" if answer is None else "found" if answer.found else "nothing inside the budget"
+        self._tell("answer", text, fraction=1.0)
+        return record
+
+    def _measure(self, proposal: Proposal) -> None:
+        if proposal.rung != self.rung:
+            self.rung = proposal.rung
+            self._tell("rung", proposal.rung)
+        name = f"{proposal.network} {proposal.recipe} on {proposal.engine}"
+        self._tell("begin", name)
+        view = Standing(self.known.terms, self.history)
+        trial, predictions = self.trials.measure(
+            proposal, view, lambda text, done: self._tell("progress", f"{name}: {text}", inside=done)
+        )
+        self._add(trial, predictions)
+        self._tell("end", _told(trial), trial=trial)
+        if proposal.rung == "float32":
+            self._check_expected()
+
+    def _add(self, trial: Trial, predictions: dict[Part, Predictions]) -> None:
+        self.journal.add(trial, predictions)
+        self.history.append(trial)
+        self.journal.decide("seconds", str(self._seconds()))
+        self.journal.decide("record", self._record(None).model_dump_json())
+
+    def _finish(self) -> Answer | None:
+        view = Standing(self.known.terms, self.history)
+        left = self._left_s()
+        budget_s = _FINISH_S if left is None else max(2.0, min(_FINISH_S, left))
+        finish = Finish(
+            self.trials,
+            view,
+            self.known.options.out,
+            budget_s,
+            lambda text, done: self._tell("progress", text, inside=done),
+        )
+        answer = finish.answer()
+        for note in finish.notes:
+            self._note(note)
+        if answer is not None:
+            self.journal.decide("answer", f"{len(self.history)}\n{answer.model_dump_json()}")
+        return answer
+
+    def _earlier_answer(self) -> Answer | None:
+        """Return the answer of an earlier run that ended, where nothing was measured since."""
+        count, _, kept = (self.journal.decision("answer") or "").partition("\n")
+        there = (self.known.options.out / "best" / "model.onnx").is_file()
+        return (
+            Answer.model_validate_json(kept) if kept and there and int(count) == len(self.history) else None
+        )
+
+    def _meet_terms(self) -> None:
+        """Where the budgets are others than before, measure again what was dropped because of those."""
+        terms = self.known.terms.model_copy(update={"networks": (), "engines": (), "bf16_engines": ()})
+        now = terms.model_dump_json()
+        before = self.journal.decision("terms")
+        if before is not None and before != now:
+            count = self.journal.forget_dropped()
+            self.journal.forget("answer")
+            self._note(
+                f"the budgets are others than before: what was measured stands, {count} dropped trials may come again"
+            )
+        self.journal.decide("terms", now)
+
+    def _ranking(self, network: str, engine: EngineName, base: str) -> tuple[str, ...]:
+        name = f"ranking {network} {engine} {base}"
+        kept = self.journal.decision(name)
+        if kept is None:
+            self._tell("progress", f"{network}: which layers cost most")
+            kept = "\n".join(self.trials.benches[network].ranking(engine, base))
+            self.journal.decide(name, kept)
+        return tuple(kept.split("\n"))
+
+    def _check_expected(self) -> None:
+        """Hold float32 against what its card expects, the first thing that a reader must know."""
+        for bench in self.known.benches:
+            trial = Standing(self.known.terms, self.history).float_trial(bench.name)
+            expected, parts = bench.card.expected, self.trials.expected[bench.name]
+            kept = [self.journal.predictions(trial.key, part) for part in parts] if trial is not None else []
+            found = [k for k in kept if k is not None]
+            if expected is None or trial is None or not parts or len(found) != len(parts):
+                continue
+            accuracy = Predictions.concat(found).accuracy()
+            came, wanted = (
+                (accuracy.top1_correct, accuracy.top5_correct),
+                (expected.top1_correct, expected.top5_correct),
+            )
+            if came == wanted:
+                self._note(
+                    f"{bench.name}: float32 is right on {came[0]} and {came[1]} (top-5) of {accuracy.total} images, as its card expects"
+                )
+                continue
+            near = all(
+                abs(a - b) <= max(1, accuracy.total // 1000) for a, b in zip(came, wanted, strict=True)
+            )
+            why = (
+                "within rounding" if near else "check scale, mean, std, channels, resize and crop of the card"
+            )
+            self._note(
+                f"{bench.name}: float32 on {trial.setting.engine} is right on {came[0]} and {came[1]} (top-5) of "
+                f"{accuracy.total} images, its card expects {wanted[0]} and {wanted[1]}: {why}"
+            )
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            self._tell("note", text)
+
+    # Time
+
+    def _seconds(self) -> float:
+        return self.earlier_s + time.perf_counter() - self.begin
+
+    def _left_s(self) -> float | None:
+        minutes = self.known.options.minutes
+        return None if minutes is None else 60 * minutes - (time.perf_counter() - self.begin)
+
+    def _trial_s(self) -> float:
+        """What a trial takes, by the last ones."""
+        took = [trial.seconds for trial in self.history[-4:]]
+        return sum(took) / len(took) if took else _FIRST_TRIAL_S
+
+    def _may_go_on(self) -> bool:
+        """Say whether time and trials are left for another; the first network to run always gets its trial."""
+        if not any(trial.state == "measured" for trial in self.history):
+            return True
+        left, most = self._left_s(), self.known.options.trials
+        if most is not None and len(self.history) >= most:
+            self._note(f"ended after {len(self.history)} trials, as asked by --trials; --resume goes on")
+            return False
+        if left is not None and left < self._trial_s() + _FINISH_S / 2:
+            self._note(f"ended after {len(self.history)} trials, as asked by --minutes; --resume goes on")
+            return False
+        return True
+
+    def _tell(
+        self,
+        kind: EventKind,
+        text: str,
+        inside: float = 0.0,
+        trial: Trial | None = None,
+        fraction: float | None = None,
+    ) -> None:
+        elapsed = time.perf_counter() - self.begin
+        pairs = len(self.known.terms.networks) * (
+            2 * len(self.known.terms.engines) + len(self.known.terms.bf16_engines)
+        )
+        to_come = max(pairs - len(self.history), 1) - min(inside, 1.0)
+        left = to_come * self._trial_s() + _FINISH_S
+        limit = self._left_s()
+        if limit is not None:
+            left = min(left, max(limit, 0.0))
+        share = elapsed / (elapsed + left) if fraction is None else fraction
+        left = 0.0 if fraction == 1.0 else left
+        self.watch(Event(kind, text, share, left, inside, self.rung, trial))
+
+    def _record(self, answer: Answer | None) -> StudyRecord:
+        options = self.known.options
+        names = set(self.known.terms.networks)
+        return StudyRecord(
+            command=options.command,
+            budgets=tuple(budget.text for budget in options.budgets),
+            objective=options.objective,
+            seed=options.seed,
+            minutes=options.minutes,
+            data=self.known.data,
+            host=self.known.host,
+            versions=self.known.versions,
+            trials=tuple(trial for trial in self.history if trial.network in names),
+            answer=answer,
+            seconds=self._seconds(),
+            notes=tuple(self.notes),
+        )
+
+
+def _terms(options: StudyOptions, host: Host) -> Terms:
+    return Terms(
+        networks=tuple(card.network.name for card in options.cards),
+        engines=options.engines,
+        budgets=options.budgets,
+        objective=options.objective,
+        confidence=options.confidence,
+        bf16_engines=tuple(e for e in options.engines if e == "openvino") if host.bf16 else (),
+    )
+
+
+def _first_notes(known: _Known) -> list[str]:
+    notes = []
+    skipped = known.data.skipped
+    if skipped.count:
+        notes.append(
+            f"{skipped.count} images could not be decoded and were left out, such as {skipped.names[0]}"
+        )
+    if len(known.benches) > 1 and any(budget.of_drop for budget in known.terms.budgets):
+        notes.append(
+            "a drop is counted from each network's own float32: a weak network may lose little and still be worse"
+        )
+    if known.host.saturates_u8s8:
+        notes.append(
+            "this processor's int8 products can saturate; accuracies hold for it and not for newer ones"
+        )
+    return notes
+
+
+def _told(trial: Trial) -> str:
+    """Say in one line what a trial brought."""
+    parts = [f"{trial.network} {trial.recipe} on {trial.setting.engine}"]
+    if trial.accuracy is not None:
+        parts.append(f"top-1 {100 * trial.accuracy.top1:.2f} %")
+    if trial.timing is not None:
+        parts.append(f"{trial.timing.images_per_s:,.0f} images/s")
+        if trial.timing.ratio is not None:
+            parts.append(f"{trial.timing.ratio:.2f}x float32")
+    if trial.state != "measured":
+        parts.append(f"{trial.state}: {trial.reason}")
+    return ", ".join(parts)
+
+
+def _check_writable(options: StudyOptions) -> None:
+    """Find out before the work, not after, that the folder cannot be written.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if options.out.exists() and not options.out.is_dir():
+        raise InputError(f"{options.out}: is a file; give a folder with --out")
+    probe = options.out / "files" / ".probe"
+    write_text(probe, "")
+    probe.unlink()

@@ -1,0 +1,163 @@
+"""What a search records: frozen data that the journal keeps and the report reads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fewbit.engines.session import Placement, Setting
+from fewbit.measure.accuracy import Accuracy, Comparison
+from fewbit.measure.host import Host
+from fewbit.measure.speed import Surveyed, Timing
+from fewbit.sensitivity.records import Histogram, LayerRecord
+from fewbit.spec import Frozen
+
+__all__ = [
+    "Answer",
+    "BudgetCheck",
+    "Confirmation",
+    "DataRecord",
+    "Histogram",
+    "LayerRecord",
+    "Skipped",
+    "StudyRecord",
+    "Trial",
+    "TrialState",
+]
+
+TrialState = Literal["measured", "dropped", "failed"]
+
+
+class Trial(Frozen):
+    """One recipe of one network on one engine setting, measured.
+
+    Attributes:
+        key: Digest of everything that determines the trial; no key is measured twice.
+        network: Name of the card.
+        recipe: Name of the recipe ("float32", "bf16", "int8-percentile", ...).
+        recipe_toml: The recipe itself, to repeat it.
+        rung: The step of the ladder that proposed it.
+        setting: How it was run.
+        state: "measured", "dropped" (the race ended early, the accuracy is of the first images) or "failed".
+        reason: Why it was dropped or failed, in one line; empty otherwise.
+        accuracy: On the search images.
+        versus_float: The same images, against the float32 network of the same card.
+        timing: Speed and its ratio to the true float32 baseline of the fastest engine; none where not timed.
+        bytes: Size of the exported file.
+        placement: What ran in which precision.
+        layers: One record a layer.
+        seconds: What the trial cost.
+        keep_float: Layers that the recipe leaves in float beyond its own rules.
+        survey: The settings that were tried to find `setting`, the best first.
+    """
+
+    key: str
+    network: str
+    recipe: str
+    recipe_toml: str
+    rung: str
+    setting: Setting
+    state: TrialState
+    reason: str = ""
+    accuracy: Accuracy | None = None
+    versus_float: Comparison | None = None
+    timing: Timing | None = None
+    bytes: int = 0
+    placement: Placement | None = None
+    layers: tuple[LayerRecord, ...] = ()
+    seconds: float = 0.0
+    keep_float: tuple[str, ...] = ()
+    survey: tuple[Surveyed, ...] = ()
+
+
+class Skipped(Frozen):
+    """Images that could not be decoded: their count and the first few names."""
+
+    count: int = 0
+    names: tuple[str, ...] = ()
+
+
+class DataRecord(Frozen):
+    """Which images a study used: counts, and the digest of images and preprocessing."""
+
+    source: str
+    images_digest: str
+    calibration: int
+    search: int
+    holdout: int
+    classes: int
+    skipped: Skipped = Skipped()
+
+
+class BudgetCheck(Frozen):
+    """One budget against one measured network.
+
+    Attributes:
+        budget: As written by the user ("top1-drop<=1%").
+        limit: The limit as a fraction.
+        value: What was measured.
+        low, high: Its 95 % interval.
+        met: The value is inside the limit at the confidence asked for.
+        proven: The one-sided 95 % bound is inside the limit too.
+        images_to_prove: About how many images it would take to prove it, where more would do; else none.
+    """
+
+    budget: str
+    limit: float
+    value: float
+    low: float
+    high: float
+    met: bool
+    proven: bool
+    images_to_prove: int | None = None
+
+
+class Confirmation(Frozen):
+    """A finalist on the holdout images, which the search never saw."""
+
+    key: str
+    accuracy: Accuracy
+    float_accuracy: Accuracy
+    versus_float: Comparison
+    checks: tuple[BudgetCheck, ...]
+
+
+class Answer(Frozen):
+    """What a search found.
+
+    Attributes:
+        found: A network inside every budget.
+        key: The trial's key; the nearest one where none is inside.
+        timing: Measured at the end, interleaved with the float32 baseline.
+        float_setting: The fastest true float32 setting of the same network, which `timing` is a ratio to.
+        overall: Where several networks compete, the same as a ratio to the fastest float32 network inside the
+            budgets; none where there is no other, or none is inside.
+        checks: Each budget on the search images.
+        confirmation: The same on the holdout images.
+        advice: Where nothing was found: what would meet the budget.
+    """
+
+    found: bool
+    key: str
+    timing: Timing
+    float_setting: Setting
+    checks: tuple[BudgetCheck, ...]
+    confirmation: Confirmation
+    advice: str = ""
+    overall: Timing | None = None
+
+
+class StudyRecord(Frozen):
+    """Everything that a report needs."""
+
+    command: str
+    budgets: tuple[str, ...]
+    objective: Literal["throughput", "latency", "size"]
+    seed: int
+    minutes: float | None
+    data: DataRecord
+    host: Host
+    versions: dict[str, str]
+    trials: tuple[Trial, ...]
+    answer: Answer | None
+    seconds: float
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,253 @@
+"""Measuring one proposal: build, run, compare, time; an engine that fails costs this trial and no more."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fewbit.engines.session import EngineName, Placement, Setting
+from fewbit.errors import EngineError, RecipeError
+from fewbit.measure.accuracy import Predictions, compare
+from fewbit.measure.speed import Surveyed, Timing
+from fewbit.recipe import Recipe, read_recipe
+from fewbit.search.answer import describe
+from fewbit.search.evaluate import evaluate, races
+from fewbit.search.journal import Journal, Part
+from fewbit.search.ladder import PLAIN, Proposal
+from fewbit.search.settings import EVALUATION_BATCH, evaluation
+from fewbit.search.speeds import Sessions, Speeds
+from fewbit.search.standing import Pair, Standing
+from fewbit.search.trial import LayerRecord, Trial
+from fewbit.search.workbench import Built, Workbench, recipe_calibrates
+
+_ROUNDS = 8
+_BLOCK_S = 0.1
+_TIMING_S = 3.0
+
+Inside = Callable[[str, float], None]
+
+
+@dataclass
+class _Findings:
+    """What is known of a trial so far."""
+
+    setting: Setting
+    predictions: dict[Part, Predictions] = field(default_factory=dict)
+    timing: Timing | None = None
+    survey: tuple[Surveyed, ...] = ()
+    placement: Placement | None = None
+    layers: tuple[LayerRecord, ...] = ()
+    bytes: int = 0
+    dropped: str = ""
+
+
+class Trials:
+    """Carries proposals out.
+
+    Args:
+        benches: The networks by name.
+        expected: For each network, the parts of the images that its first float32 trial is run on besides.
+        journal: Where predictions of float32 are found again.
+        sessions: Where files are opened.
+        speeds: How files are timed.
+    """
+
+    def __init__(
+        self,
+        benches: Sequence[Workbench],
+        expected: dict[str, tuple[Part, ...]],
+        journal: Journal,
+        sessions: Sessions,
+        speeds: Speeds,
+    ) -> None:
+        self.benches = {bench.name: bench for bench in benches}
+        self.expected, self.journal, self.sessions, self.speeds = expected, journal, sessions, speeds
+
+    def measure(
+        self, proposal: Proposal, view: Standing, inside: Inside
+    ) -> tuple[Trial, dict[Part, Predictions]]:
+        """Measure a proposal.
+
+        Args:
+            proposal: What to measure.
+            view: How the race stands.
+            inside: Told what is going on and the fraction done.
+
+        Returns:
+            The trial, and its predictions by part of the images.
+
+        Raises:
+            OutputError: A file cannot be written.
+            InputError: The images cannot be read any more.
+        """
+        begin, bench = time.perf_counter(), self.benches[proposal.network]
+        recipe = bench.recipe(proposal)
+        found = _Findings(evaluation(proposal.engine, proposal.float_precision, self.speeds.threads))
+        reason = ""
+        try:
+            self._find(proposal, bench, recipe, view, found, inside)
+        except (EngineError, RecipeError) as error:
+            reason = str(error)
+            self.sessions.forget(proposal.engine)
+        finally:
+            self.sessions.free()
+        search = found.predictions.get("search")
+        reference = self.reference(bench, view) if search is not None else None
+        if reference is None:
+            reference = search
+        trial = Trial(
+            key=bench.key(proposal),
+            network=proposal.network,
+            recipe=proposal.recipe,
+            recipe_toml=recipe.to_toml(),
+            rung=proposal.rung,
+            setting=found.setting,
+            state="failed" if reason else "dropped" if found.dropped else "measured",
+            reason=reason or found.dropped,
+            accuracy=search.accuracy() if search is not None else None,
+            versus_float=compare(reference[: len(search)], search)
+            if search is not None and reference is not None
+            else None,
+            timing=found.timing,
+            bytes=found.bytes,
+            placement=found.placement,
+            layers=found.layers,
+            seconds=time.perf_counter() - begin,
+            keep_float=proposal.keep_float,
+            survey=found.survey,
+        )
+        return trial, found.predictions
+
+    def reference(self, bench: Workbench, view: Standing, part: Part = "search") -> Predictions | None:
+        """Return what the float32 network predicted on a part of the images, none before it was run."""
+        trial = view.float_trial(bench.name)
+        return None if trial is None else self.journal.predictions(trial.key, part)
+
+    def file(self, bench: Workbench, recipe: Recipe, engine: EngineName) -> Path:
+        """Return the file of a recipe, made again where it is gone or was changed since it was measured."""
+        path = bench.file_of(recipe, engine)
+        kept = self.journal.decision(f"file {path.name}")
+        if kept is None or not path.is_file() or _sha256(path) != kept:
+            self._build(bench, recipe, engine, lambda *_: None)
+        return path
+
+    def predict(
+        self, bench: Workbench, path: Path, setting: Setting, part: Part, inside: Inside
+    ) -> Predictions:
+        """Run a file on all images of a part.
+
+        Raises:
+            EngineError: The engine failed.
+        """
+        images = bench.images.part(part)
+        runner = self.sessions.get(path, setting)
+        batch = EVALUATION_BATCH * setting.streams
+        return evaluate(runner, images, batch, (), lambda done: inside(f"{part} images", done))[0]
+
+    def _find(
+        self,
+        proposal: Proposal,
+        bench: Workbench,
+        recipe: Recipe,
+        view: Standing,
+        found: _Findings,
+        inside: Inside,
+    ) -> None:
+        """Fill the findings in, the cheap and telling first; whatever was found stays when an engine fails."""
+        built = self._build(bench, recipe, proposal.engine, inside)
+        found.bytes = built.bytes
+        found.placement = self.sessions.get(built.path, found.setting).placement()
+        plain = proposal.recipe == PLAIN
+        if plain:  # its speed bounds what every later rung can reach, so it is always timed
+            self._time(proposal, bench, built, view, found, inside)
+            found.dropped = self._too_slow(proposal, view, found)
+        if not found.dropped:
+            self._evaluate(proposal, bench, built, view, found, inside)
+        if not found.dropped and not plain:
+            self._time(proposal, bench, built, view, found, inside)
+        if not found.dropped and recipe_calibrates(recipe):
+            inside("layers", 0.9)
+            found.layers = _with_precisions(bench.records(built), found.placement)
+
+    def _build(self, bench: Workbench, recipe: Recipe, engine: EngineName, inside: Inside) -> Built:
+        built = bench.build(recipe, engine, inside)
+        self.journal.decide(f"file {built.path.name}", _sha256(built.path))
+        return built
+
+    def _evaluate(
+        self,
+        proposal: Proposal,
+        bench: Workbench,
+        built: Built,
+        view: Standing,
+        found: _Findings,
+        inside: Inside,
+    ) -> None:
+        setting = evaluation(proposal.engine, proposal.float_precision, self.speeds.threads)
+        reference = self.reference(bench, view)
+        never_dropped = proposal.recipe == "float32" or reference is None
+        images = bench.images.search
+        against = [] if never_dropped else races(view.terms.budgets, reference, len(images))
+        runner = self.sessions.get(built.path, setting)
+        batch = EVALUATION_BATCH * setting.streams
+        found.predictions["search"], found.dropped = evaluate(
+            runner, images, batch, against, lambda done: inside("search images", done)
+        )
+        if reference is None:
+            for part in ("calibration", "holdout"):
+                if part == "holdout" or part in self.expected.get(bench.name, ()):
+                    found.predictions[part] = self.predict(bench, built.path, setting, part, inside)
+
+    def _time(
+        self,
+        proposal: Proposal,
+        bench: Workbench,
+        built: Built,
+        view: Standing,
+        found: _Findings,
+        inside: Inside,
+    ) -> None:
+        inside("timing", 0.0)
+        baseline_file = self.file(bench, read_recipe("float32"), proposal.engine)
+        baseline = self.speeds.baseline(bench.name, baseline_file)
+        like = view.find(proposal.network, proposal.engine, PLAIN)
+        if like is not None and like.timing is not None and recipe_calibrates(built.recipe):
+            setting = like.setting.model_copy(update={"float_precision": proposal.float_precision})
+        else:
+            found.survey = self.speeds.survey(built.path, proposal.engine, proposal.float_precision)
+            setting = self.speeds.best(found.survey)
+        inside("timing", 0.5)
+        found.timing = self.speeds.time(
+            built.path, setting, (baseline_file, baseline), _ROUNDS, _BLOCK_S, _TIMING_S
+        )
+        found.setting = setting
+
+    def _too_slow(self, proposal: Proposal, view: Standing, found: _Findings) -> str:
+        """Say which proven trial is better already in what is asked for, empty where none is."""
+        if view.terms.objective == "size":
+            smaller = next((t for t in view.ranked() if view.proven(t) and t.bytes < found.bytes), None)
+            return "" if smaller is None else f"{found.bytes} bytes; {describe(smaller)} has {smaller.bytes}"
+        assert found.timing is not None
+        faster = view.too_slow(proposal.network, found.timing)
+        if faster is None or faster.timing is None:
+            return ""
+        return (
+            f"{found.timing.ratio:.2f}x its float32; {describe(faster)} is faster ({faster.timing.ratio:.2f}x) "
+            "and proven"
+        )
+
+
+def _with_precisions(layers: Sequence[LayerRecord], placement: Placement | None) -> tuple[LayerRecord, ...]:
+    """Let the engine's word on what a layer ran in replace what was planned."""
+    ran = placement.by_layer() if placement is not None else {}
+    return tuple(
+        layer.model_copy(update={"precision": ran[layer.name].precision}) if layer.name in ran else layer
+        for layer in layers
+    )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,160 @@
+"""One network in a search: its images, and the files made of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewbit import __version__
+from fewbit.data.image_set import ImageSet
+from fewbit.engines.session import EngineName
+from fewbit.export.onnx_out import export_onnx
+from fewbit.load.card import Card
+from fewbit.net import Net
+from fewbit.place.targets import Target, target
+from fewbit.recipe import Recipe, read_recipe, run_recipe
+from fewbit.search.journal import Part
+from fewbit.search.ladder import Proposal
+from fewbit.search.ranking import images_for_ranking, rank_layers
+from fewbit.search.trial import LayerRecord
+from fewbit.sensitivity.sqnr import layer_records
+from fewbit.step import Context
+
+_CALIBRATION_BATCH = 32
+_RECORD_IMAGES = 32
+
+Advance = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a network by what they are for; no image is in two parts of one source."""
+
+    calibration: ImageSet
+    search: ImageSet
+    holdout: ImageSet
+
+    def part(self, name: Part) -> ImageSet:
+        """Return a part by its name."""
+        return {"calibration": self.calibration, "search": self.search, "holdout": self.holdout}[name]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A recipe carried out: the file that is measured."""
+
+    path: Path
+    recipe: Recipe
+    net: Net
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return self.path.stat().st_size
+
+
+def digest_network(card: Card, net: Net) -> str:
+    """Name a network by all that its results depend on: its graph, its weights, its input and its classes."""
+    total = hashlib.sha256()
+    for part in (card.input.digest(), str(card.network.classes), str(net.graph.graph)):
+        total.update(part.encode())
+    for name, tensor in sorted(net.graph.state_dict().items()):
+        total.update(name.encode())
+        total.update(str(tensor.dtype).encode() + str(tuple(tensor.shape)).encode())
+        total.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+    return total.hexdigest()[:12]
+
+
+class Workbench:
+    """One network of a search.
+
+    Args:
+        card: Says what it is.
+        net: The network, loaded.
+        images: Its images.
+        folder: Where its files go.
+        seed: Of its recipes.
+    """
+
+    def __init__(self, card: Card, net: Net, images: Images, folder: Path, seed: int) -> None:
+        self.card, self.net, self.images, self.folder, self.seed = card, net, images, folder, seed
+        self.name = card.network.name
+        self.digest = digest_network(card, net)
+        self._ranked: dict[tuple[EngineName, str], tuple[str, ...]] = {}
+
+    def key(self, proposal: Proposal) -> str:
+        """Return the digest of all that determines a trial."""
+        recipe = self.recipe(proposal)
+        calibrates = self.images.calibration.digest if recipe_calibrates(recipe) else ""
+        parts = (
+            self.digest,
+            recipe.digest(),
+            proposal.engine,
+            proposal.float_precision,
+            calibrates,
+            self.images.search.digest,
+            str(self.seed),
+            __version__,
+        )
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+    def recipe(self, proposal: Proposal) -> Recipe:
+        """Return the recipe of a proposal."""
+        base = read_recipe(proposal.base)
+        if not proposal.keep_float:
+            return base
+        return base.with_float(proposal.keep_float).model_copy(update={"name": proposal.recipe})
+
+    def file_of(self, recipe: Recipe, engine: EngineName) -> Path:
+        """Return where the file of a recipe goes; one float file serves every engine."""
+        suffix = f"-{engine}" if recipe_calibrates(recipe) else ""
+        return self.folder / f"{self.name}-{recipe.name}{suffix}.onnx"
+
+    def build(self, recipe: Recipe, engine: EngineName, advance: Advance | None = None) -> Built:
+        """Carry a recipe out and export it, the same bytes each time.
+
+        Raises:
+            RecipeError: The recipe does not fit the network.
+            OutputError: The file cannot be written.
+        """
+        aim = target(engine)
+        net, _ = run_recipe(recipe, self.net, self._context(recipe, aim, advance))
+        path = self.file_of(recipe, engine)
+        export_onnx(net, path, aim if recipe_calibrates(recipe) else None, {"recipe": recipe.digest()})
+        return Built(path, recipe, net)
+
+    def records(self, built: Built) -> tuple[LayerRecord, ...]:
+        """Look at each layer of what was built, on a few calibration images."""
+        return tuple(layer_records(self.net, built.net, list(self._some(_RECORD_IMAGES))))
+
+    def ranking(self, engine: EngineName, base: str, advance: Advance | None = None) -> tuple[str, ...]:
+        """Return the layers in the order in which to leave them in float; see `rank_layers`."""
+        if (engine, base) not in self._ranked:
+            recipe = read_recipe(base)
+            net, _ = run_recipe(recipe, self.net, self._context(recipe, target(engine), advance))
+            few = list(self._some(images_for_ranking(self.card.input.size)))
+            self._ranked[engine, base] = rank_layers(self.net, net, few)
+        return self._ranked[engine, base]
+
+    def _context(self, recipe: Recipe, aim: Target, advance: Advance | None) -> Context:
+        def batches() -> Iterator[Tensor]:
+            for batch in self.images.calibration.batches(_CALIBRATION_BATCH):
+                yield torch.from_numpy(batch)
+
+        return Context(scheme=recipe.scheme, target=aim, batches=batches, seed=self.seed, advance=advance)
+
+    def _some(self, images: int) -> Iterator[Tensor]:
+        few = np.arange(min(images, len(self.images.calibration)))
+        for batch in self.images.calibration.batches(_CALIBRATION_BATCH, few):
+            yield torch.from_numpy(batch)
+
+
+def recipe_calibrates(recipe: Recipe) -> bool:
+    """Say whether a recipe places quantizers, so that its file is made for one engine."""
+    return any(step.get("use") == "place" for step in recipe.steps)

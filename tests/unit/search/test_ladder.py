@@ -1,0 +1,303 @@
+"""The ladder over made histories: which trial comes next, and when it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from fewbit.engines.session import EngineName, Setting
+from fewbit.measure.accuracy import Accuracy, Comparison, Interval
+from fewbit.measure.speed import Timing
+from fewbit.search.budget import parse_budget
+from fewbit.search.ladder import BETTER_RANGES, Ladder, Proposal
+from fewbit.search.standing import Objective, Standing, Terms
+from fewbit.search.trial import Trial, TrialState
+
+IMAGES = 4000
+FLOAT_ERRORS = 600  # 15 %
+LAYERS = tuple(f"conv{i}" for i in range(16))
+
+
+def trial(
+    proposal: Proposal,
+    errors: int,
+    speed: float,
+    state: TrialState = "measured",
+    size: int = 1000,
+    images: int = IMAGES,
+) -> Trial:
+    """A trial whose float32 has 15 % errors and whose every surplus error is a loss."""
+    lost = max(0, errors - FLOAT_ERRORS * images // IMAGES)
+    setting = Setting(engine=proposal.engine, float_precision=proposal.float_precision, batch=8, threads=2)
+    timing = Timing(
+        setting=setting,
+        images_per_s=speed,
+        interval=Interval(low=speed * 0.98, high=speed * 1.02),
+        ms_per_batch_p50=8000 / speed,
+        rounds=5,
+        ratio=speed / 100,
+        ratio_interval=Interval(low=speed / 102, high=speed / 98),
+        against="float32",
+    )
+    right = images - errors
+    return Trial(
+        key=f"{proposal.network}-{proposal.engine}-{proposal.recipe}",
+        network=proposal.network,
+        recipe=proposal.recipe,
+        recipe_toml="",
+        rung=proposal.rung,
+        setting=setting,
+        state=state,
+        reason="" if state == "measured" else "made",
+        accuracy=None
+        if state == "failed"
+        else Accuracy(top1_correct=right, top5_correct=right, total=images),
+        versus_float=None
+        if state == "failed"
+        else Comparison(total=images, losses=lost, gains=0, label_changes=lost, losses5=lost, gains5=0),
+        timing=None if state == "failed" else timing,
+        bytes=size,
+        keep_float=proposal.keep_float,
+    )
+
+
+Answers = Callable[[Proposal], Trial]
+
+
+def climb(terms: Terms, answer: Answers, most: int = 60) -> list[Trial]:
+    """Run the ladder to its end against made measurements."""
+    history: list[Trial] = []
+    ladder = Ladder(lambda trials: Standing(terms, trials), lambda *_: LAYERS)
+    while (proposal := ladder.propose(history)) is not None:
+        again = ladder.propose(tuple(history))
+        assert again == proposal
+        history.append(answer(proposal))
+        assert len(history) <= most
+    keys = [t.key for t in history]
+    assert len(set(keys)) == len(keys)
+    return history
+
+
+def terms(
+    *budgets: str,
+    networks: tuple[str, ...] = ("net",),
+    engines: tuple[EngineName, ...] = ("onnxruntime", "openvino"),
+    objective: Objective = "throughput",
+    bf16: tuple[EngineName, ...] = (),
+) -> Terms:
+    return Terms(
+        networks=networks,
+        engines=engines,
+        budgets=tuple(parse_budget(b) for b in budgets),
+        objective=objective,
+        bf16_engines=bf16,
+    )
+
+
+def names(history: list[Trial]) -> list[tuple[str, str]]:
+    return [(t.setting.engine, t.recipe) for t in history]
+
+
+def test_float32_first_then_int8_then_stops_when_the_budget_is_proven() -> None:
+    def answer(p: Proposal) -> Trial:
+        fast = {"float32": 100.0, "int8": 300.0}[p.recipe] * (2 if p.engine == "openvino" else 1)
+        return trial(p, 602, fast)
+
+    history = climb(terms("top1-drop<=1%"), answer)
+    assert names(history) == [
+        ("onnxruntime", "float32"),
+        ("openvino", "float32"),
+        ("openvino", "int8"),  # the engine that was faster in float32 first
+        ("onnxruntime", "int8"),
+    ]
+
+
+def test_bf16_is_tried_only_where_the_host_computes_in_it() -> None:
+    def answer(p: Proposal) -> Trial:
+        return trial(p, 600, 200.0 if p.recipe == "int8" else 100.0)
+
+    with_bf16 = climb(terms("top1-drop<=1%", bf16=("openvino",)), answer)
+    assert ("openvino", "bf16") in names(with_bf16)
+    assert ("onnxruntime", "bf16") not in names(with_bf16)
+    assert next(t for t in with_bf16 if t.recipe == "bf16").setting.float_precision == "bf16"
+
+
+def test_better_ranges_only_while_the_budget_is_not_held() -> None:
+    def answer(p: Proposal) -> Trial:
+        errors = {"float32": 600, "int8": 700, "int8-moving-average": 690, "int8-percentile": 601}
+        return trial(p, errors.get(p.recipe, 680), 100.0 if p.recipe == "float32" else 300.0)
+
+    history = climb(terms("top1-drop<=1%", engines=("onnxruntime",)), answer)
+    assert [r for _, r in names(history)] == ["float32", "int8", "int8-moving-average", "int8-percentile"]
+
+
+def test_held_within_noise_tries_the_other_ranges_too() -> None:
+    def answer(p: Proposal) -> Trial:
+        return trial(
+            p, {"float32": 600, "int8": 638}.get(p.recipe, 637), 100.0 if p.recipe == "float32" else 300.0
+        )
+
+    history = climb(terms("top1-drop<=1%", engines=("onnxruntime",)), answer)
+    assert [r for _, r in names(history)] == ["float32", "int8", *BETTER_RANGES]
+
+
+def test_a_slower_engine_is_not_climbed_once_the_faster_one_is_inside() -> None:
+    def answer(p: Proposal) -> Trial:
+        if p.recipe == "float32":
+            return trial(p, 600, 100.0)
+        return trial(p, 601, 400.0) if p.engine == "openvino" else trial(p, 800, 300.0)
+
+    history = climb(terms("top1-drop<=1%"), answer)
+    assert ("onnxruntime", "int8") in names(history)
+    assert not any(e == "onnxruntime" and r.startswith("int8-") for e, r in names(history))
+
+
+def test_a_faster_engine_is_climbed_although_the_slower_one_is_inside() -> None:
+    def answer(p: Proposal) -> Trial:
+        if p.recipe == "float32":
+            return trial(p, 600, 100.0)
+        if p.engine == "onnxruntime":
+            return trial(p, 601, 150.0)
+        return trial(p, 601 if p.recipe == "int8-mse" else 800, 400.0)
+
+    history = climb(terms("top1-drop<=1%"), answer)
+    assert names(history)[-1] == ("openvino", "int8-mse")
+
+
+def test_layers_left_in_float_double_until_inside_then_bisect_back() -> None:
+    def answer(p: Proposal) -> Trial:
+        kept = len(p.keep_float)
+        if p.recipe == "float32":
+            return trial(p, 600, 100.0)
+        return trial(p, 601 if kept >= 6 else 800, 300.0 - 10 * kept)
+
+    history = climb(terms("top1-drop<=1%", engines=("onnxruntime",)), answer)
+    counts = [len(t.keep_float) for t in history if t.keep_float]
+    assert counts == [1, 2, 4, 8, 6, 5]
+    assert next(t for t in history if len(t.keep_float) == 4).keep_float == LAYERS[:4]
+
+
+def test_layers_left_in_float_stop_where_they_are_slower_than_what_is_inside() -> None:
+    def answer(p: Proposal) -> Trial:
+        kept = len(p.keep_float)
+        if p.recipe == "float32":
+            return trial(p, 600, 250.0)
+        return trial(p, 800, 300.0 - 20 * kept)
+
+    history = climb(terms("top1-drop<=1%", engines=("onnxruntime",)), answer)
+    assert [len(t.keep_float) for t in history if t.keep_float] == [1, 2, 4]
+
+
+def test_float_layers_run_in_bf16_where_native() -> None:
+    def answer(p: Proposal) -> Trial:
+        if p.recipe in ("float32", "bf16"):
+            return trial(p, 600, 100.0)
+        return trial(p, 601 if p.keep_float else 800, 300.0)
+
+    history = climb(terms("top1-drop<=1%", engines=("openvino",), bf16=("openvino",)), answer)
+    assert history[-1].keep_float == LAYERS[:1]
+    assert history[-1].setting.float_precision == "bf16"
+
+
+def test_a_crash_on_one_engine_costs_only_that_trial() -> None:
+    def answer(p: Proposal) -> Trial:
+        if p.engine == "openvino" and p.recipe != "float32":
+            return trial(p, 0, 1.0, state="failed")
+        return trial(p, 601, 100.0 if p.recipe == "float32" else 300.0)
+
+    history = climb(terms("top1-drop<=1%"), answer)
+    assert names(history).count(("openvino", "int8")) == 1
+    assert not any(e == "openvino" and r.startswith("int8-") for e, r in names(history))
+    best = Standing(terms("top1-drop<=1%"), history).best()
+    assert best is not None and names([best]) == [("onnxruntime", "int8")]
+
+
+def test_nothing_runs_and_the_ladder_ends() -> None:
+    history = climb(terms("top1-drop<=1%"), lambda p: trial(p, 0, 1.0, state="failed"))
+    assert names(history) == [("onnxruntime", "float32"), ("openvino", "float32")]
+    assert Standing(terms("top1-drop<=1%"), history).nearest() is None
+
+
+def test_a_budget_that_float32_misses_clearly_gets_plain_int8_and_no_more() -> None:
+    def answer(p: Proposal) -> Trial:
+        return trial(p, 600 if p.recipe == "float32" else 610, 100.0 if p.recipe == "float32" else 300.0)
+
+    asked = terms("top5-error<=5%", engines=("onnxruntime",))
+    history = climb(asked, answer)
+    assert [r for _, r in names(history)] == ["float32", "int8"]
+    nearest = Standing(asked, history).nearest()
+    assert nearest is not None and nearest.recipe == "float32"
+
+
+def test_several_networks_the_promising_one_first_the_hopeless_one_never() -> None:
+    small, large = "small", "large"
+
+    def answer(p: Proposal) -> Trial:
+        errors, speed = (1200, 500.0) if p.network == small else (600, 100.0)
+        return trial(p, errors, speed if p.recipe == "float32" else 3 * speed)
+
+    history = climb(terms("top5-error<=17%", networks=(small, large), engines=("onnxruntime",)), answer)
+    assert [(t.network, t.recipe) for t in history] == [
+        (small, "float32"),
+        (large, "float32"),
+        (large, "int8"),  # float32 of the small one is far outside, the large one is inside: it ends there
+    ]
+
+
+def test_several_networks_inside_the_fastest_first() -> None:
+    def answer(p: Proposal) -> Trial:
+        speed = {"a": 100.0, "b": 300.0}[p.network]
+        return trial(p, 600, speed if p.recipe == "float32" else 3 * speed)
+
+    history = climb(terms("top5-error<=17%", networks=("a", "b"), engines=("onnxruntime",)), answer)
+    assert [t.network for t in history] == ["a", "b", "b", "a"]
+
+
+@pytest.mark.parametrize("limit", ["bytes<=100", "latency<=1ms"])
+def test_better_rounding_is_not_tried_for_what_it_cannot_mend(limit: str) -> None:
+    def answer(p: Proposal) -> Trial:
+        return trial(p, 600 if p.recipe == "float32" else 800, 100.0 if p.recipe == "float32" else 300.0)
+
+    history = climb(terms("top1-drop<=1%", limit, engines=("onnxruntime",)), answer)
+    assert [r for _, r in names(history)] == ["float32", "int8"]
+
+
+def test_for_size_weights_only_is_a_rung() -> None:
+    def answer(p: Proposal) -> Trial:
+        if p.recipe == "float32":
+            return trial(p, 600, 100.0, size=4000)
+        near = p.recipe == "int8-weights-only"
+        return trial(p, 601 if near else 800, 90.0 if near else 300.0, size=1010 if near else 1050)
+
+    asked = terms("top1-drop<=1%", engines=("onnxruntime",), objective="size")
+    history = climb(asked, answer)
+    best = Standing(asked, history).best()
+    assert best is not None and best.recipe == "int8-weights-only"
+    assert not any(t.keep_float for t in history)
+
+
+def test_a_slow_minute_of_the_machine_does_not_turn_the_order() -> None:
+    """The second trial was timed while everything ran at half speed: its ratio to the baseline still wins."""
+    asked = terms("top1-drop<=1%")
+    first = trial(
+        Proposal(rung="int8", network="net", engine="onnxruntime", recipe="int8", base="int8"), 600, 300.0
+    )
+    second = trial(
+        Proposal(rung="int8", network="net", engine="openvino", recipe="int8", base="int8"), 600, 400.0
+    )
+    assert second.timing is not None
+    slow = second.model_copy(
+        update={"timing": second.timing.model_copy(update={"images_per_s": 200.0})}  # ratio stays 4
+    )
+    best = Standing(asked, [first, slow]).best()
+    assert best is not None and best.setting.engine == "openvino"
+
+
+def test_a_race_that_ended_early_is_never_the_answer() -> None:
+    asked = terms("top1-drop<=1%", engines=("onnxruntime",))
+    plain = Proposal(rung="int8", network="net", engine="onnxruntime", recipe="int8", base="int8")
+    dropped = trial(plain, 15, 900.0, state="dropped", images=100)
+    view = Standing(asked, [dropped])
+    assert view.best() is None
+    assert view.nearest() == dropped
