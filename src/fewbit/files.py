@@ -31,7 +31,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
         os.close(handle)
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}); give a folder you may write to with --out"
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "give a folder you may write to with --out"
         ) from error
     beside = Path(name)
     try:

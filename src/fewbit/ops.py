@@ -269,7 +269,8 @@ def pads_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
         return conv.pads
     if isinstance(conv.padding, str):
         total = [
-            d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+            d * (k - 1) if conv.padding == "same" else 0
+            for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
         ]
         return total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2
     rows, columns = conv.padding

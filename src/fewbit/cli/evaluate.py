@@ -114,8 +114,8 @@ def _print(answer: dict[str, Any], subject: str, against: str | None) -> None:
     a = answer["accuracy"]
     low, high = a["interval95"]
     click.echo(
-        f"{subject} on {answer['engine']}: top-1 {a['top1']:.2%} [{low:.2%}, {high:.2%}], top-5 {a['top5']:.2%}, "
-        f"{a['top1_correct']} / {a['top5_correct']} of {a['images']} images right"
+        f"{subject} on {answer['engine']}: top-1 {a['top1']:.2%} [{low:.2%}, {high:.2%}], "
+        f"top-5 {a['top5']:.2%}, {a['top1_correct']} / {a['top5_correct']} of {a['images']} images right"
     )
     if answer["skipped"] or answer["calibration_images_left_out"]:
         click.echo(
@@ -126,6 +126,6 @@ def _print(answer: dict[str, Any], subject: str, against: str | None) -> None:
         v = answer["versus"]
         low, high = v["interval95"]
         click.echo(
-            f"against {against}: top-1 drop {v['top1_drop']:.2%} [{low:.2%}, {high:.2%}], {v['flips']:.2%} of the "
-            f"predictions changed, p = {v['p_value']:.3g} (exact McNemar)"
+            f"against {against}: top-1 drop {v['top1_drop']:.2%} [{low:.2%}, {high:.2%}], "
+            f"{v['flips']:.2%} of the predictions changed, p = {v['p_value']:.3g} (exact McNemar)"
         )

@@ -16,7 +16,7 @@ from fewbit.load.card import Card, card_from_options, read_card
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType[Any]):
     """Numbers with commas between them: "1,8,32"."""
 
     name = "numbers"
@@ -94,7 +94,8 @@ def find_card(source: str, facts: dict[str, Any]) -> Card:
     if source.endswith(".toml"):
         if given:
             raise CardError(
-                f"{source}: is a card, so --{next(iter(given))} has no place beside it; write the fact into the card"
+                f"{source}: is a card, so --{next(iter(given))} has no place beside it; "
+                "write the fact into the card"
             )
         return read_card(source)
     return card_from_options(source, **given)

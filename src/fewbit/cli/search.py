@@ -66,9 +66,9 @@ def parse_engines(text: str) -> tuple[Any, ...]:
 def search(cards: tuple[str, ...], **options: Any) -> int:
     """Find the fastest network inside the budget.
 
-    Leaves report.html, best/ (the file to ship, its recipe, result.json) and pareto.json in --out. Exits with 0
-    when a network inside the budget was found, 3 when none was (the nearest is kept), 2 when the input cannot
-    be used.
+    Leaves report.html, best/ (the file to ship, its recipe, result.json) and pareto.json in --out. Exits
+    with 0 when a network inside the budget was found, 3 when none was (the nearest is kept), 2 when the
+    input cannot be used.
     """
     from fewbit.report.summary import result_json, sentence
     from fewbit.search.budget import parse_budget

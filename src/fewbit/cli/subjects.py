@@ -1,4 +1,4 @@
-"""What `eval`, `bench` and `inspect` are given: an exported file, or a card whose float network is exported."""
+"""What `eval` and `bench` are given: an exported file, or a card whose float network is exported."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _PASSED = _QUANTIZING | {"Constant"}
 _ACTIVATIONS = frozenset({"Relu", "Clip"})
 # What engines append to the names of nodes that they rewrite.
-_SUFFIX = re.compile(r"(_token_\d+|_nchwc|/[^/]*)$")
+_SUFFIX = re.compile(r"(_token_\d+|_nchwc)$")
 _SMALL = 4096
 
 
@@ -50,9 +50,7 @@ class ExportedGraph:
             if token in self._maker:
                 return self._maker[token]
             shorter = _SUFFIX.sub("", token)
-            if shorter == token:
-                return None
-            token = shorter
+            token = shorter if shorter != token else token.rpartition("/")[0]
         return None
 
     def owners(self, kinds: Sequence[str], tokens: Sequence[Iterable[str]]) -> list[tuple[str, ...]]:

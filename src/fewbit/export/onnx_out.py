@@ -14,7 +14,7 @@ from fewbit.export.emit import Emitter
 from fewbit.export.qdq import dynamic_codes, dynamic_layer, quantize_activation, quantized_layer
 from fewbit.files import write_atomically
 from fewbit.net import Layer, Net
-from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLinear, Quantizer
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.place.targets import Target
 from fewbit.ranges.calibrate import input_quantizer
 

@@ -11,7 +11,7 @@ from torch import nn
 from fewbit.export.emit import Emitter, conv_attributes
 from fewbit.net import Layer
 from fewbit.numerics import quantize_bias
-from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLayer, Quantizer
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer
 
 
 def grid_constants(
@@ -160,8 +160,8 @@ def dynamic_layer(e: Emitter, layer: Layer, codes: ir.Value, scale: ir.Value) ->
         acc = e.add("MatMulInteger", f"{name}:acc", [codes, weight, zero_point])
         shape = (-1,) if weight_scale.ndim else ()
     sums = e.add("Cast", f"{name}:sums", [acc], to=int(ir.DataType.FLOAT))
-    # Two products, not the product of the scales: ONNX Runtime fuses that form into MatMulIntegerToFloat, which
-    # takes one scale for the whole batch and so would give a sample its neighbour's scale.
+    # Two products, not the product of the scales: ONNX Runtime fuses that form into MatMulIntegerToFloat,
+    # which takes one scale for the whole batch and so would give a sample its neighbour's scale.
     own = e.add("Mul", f"{name}:own", [sums, scale])
     weight_scales = e.constant(f"{name}.weight.scale", weight_scale.reshape(shape))
     result = e.add("Mul", name if module.bias is None else f"{name}:product", [own, weight_scales])

@@ -11,7 +11,17 @@ from torch.nn import functional as F
 
 from fewbit.errors import NetworkError
 from fewbit.load import convert, shapes  # noqa: F401  (their rows enter the table)
-from fewbit.load.builder import BROADCASTS, FRESH, FUNCTIONS, IN_PLACE, METHODS, Builder, Converter, Size, resolve
+from fewbit.load.builder import (
+    BROADCASTS,
+    FRESH,
+    FUNCTIONS,
+    IN_PLACE,
+    METHODS,
+    Builder,
+    Converter,
+    Size,
+    resolve,
+)
 from fewbit.load.card import Card
 from fewbit.load.leaves import module_layer
 from fewbit.load.model import build_model
@@ -43,9 +53,7 @@ def load(card: Card, seed: int = 0) -> Net:
     return capture(model, card.network.name, card.input.size, card.network.classes)
 
 
-def capture(
-    model: nn.Module, name: str, input_size: tuple[int, int, int], classes: int | None = None
-) -> Net:
+def capture(model: nn.Module, name: str, input_size: tuple[int, int, int], classes: int | None = None) -> Net:
     """Capture a model as a Net.
 
     The model is copied, not touched. The Net has the model's own layers under their own names; switching
@@ -249,9 +257,15 @@ class _Rebuild:
         converter = self._converter(builder, node, module)
         if converter not in BROADCASTS:
             for source in node.all_input_nodes:
-                if isinstance(self.known[source], fx.Node) and self.sizes[self.known[source]] != self.results[source]:
+                if (
+                    isinstance(self.known[source], fx.Node)
+                    and self.sizes[self.known[source]] != self.results[source]
+                ):
                     raise builder.refuse("expanding a tensor for anything but arithmetic")
-        args, kwargs = resolve(node.args, self.known), {k: resolve(v, self.known) for k, v in node.kwargs.items()}
+        args, kwargs = (
+            resolve(node.args, self.known),
+            {k: resolve(v, self.known) for k, v in node.kwargs.items()},
+        )
         word = getattr(node.target, "__name__", node.target)
         try:
             return converter(builder, *args, **kwargs)

@@ -121,7 +121,9 @@ def _attribute(b: Builder, input: fx.Node, name: str) -> fx.Node:
 
 
 def _binary(module: type[nn.Module], fold: Callable[[Any, bool], Any], *targets: Any) -> None:
-    def convert(b: Builder, input: Any, other: Any, *, alpha: float = 1, rounding_mode: Any = None) -> fx.Node:
+    def convert(
+        b: Builder, input: Any, other: Any, *, alpha: float = 1, rounding_mode: Any = None
+    ) -> fx.Node:
         if rounding_mode is not None or alpha != 1:
             raise b.refuse(f"{module.__name__.lower()} with alpha or rounding_mode")
         _check_broadcast(b, input, other)
@@ -152,7 +154,9 @@ def _affine(b: Builder, x: fx.Node, scale: Any, shift: Any) -> fx.Node:
 
 
 def _is_only(value: Tensor | None, number: float) -> bool:
-    return value is None or (value.dim() == 0 and not isinstance(value, nn.Parameter) and float(value) == number)
+    return value is None or (
+        value.dim() == 0 and not isinstance(value, nn.Parameter) and float(value) == number
+    )
 
 
 def _constant(b: Builder, value: Any) -> Tensor | None:
@@ -337,9 +341,7 @@ def _adaptive_avg_pool(b: Builder, input: fx.Node, output_size: Any) -> fx.Node:
 
 
 @converts(F.adaptive_max_pool2d)
-def _adaptive_max_pool(
-    b: Builder, input: fx.Node, output_size: Any, return_indices: bool = False
-) -> fx.Node:
+def _adaptive_max_pool(b: Builder, input: fx.Node, output_size: Any, return_indices: bool = False) -> fx.Node:
     if return_indices:
         raise b.refuse("maximum pooling with indices")
     before, after = b.shape(input)[2:], b.result.dims[2:]

@@ -65,7 +65,8 @@ def is_leaf(module: nn.Module) -> bool:
     if leaf_converter(module) is not None:
         return True
     return any(
-        ancestor in ops.KINDS and type(module).forward is ancestor.forward for ancestor in type(module).__mro__
+        ancestor in ops.KINDS and type(module).forward is ancestor.forward
+        for ancestor in type(module).__mro__
     )
 
 

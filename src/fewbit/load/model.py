@@ -73,7 +73,9 @@ def _factory(source: Source) -> Callable[..., Any]:
         timm = _package("timm", source)
         known = timm.list_models()
         if source.factory not in known:
-            raise NetworkError(f"timm: has no model '{source.factory}'{suggest(source.factory, known)}; name one that it has")
+            raise NetworkError(
+                f"timm: has no model '{source.factory}'{suggest(source.factory, known)}; name one that it has"
+            )
         return lambda **arguments: timm.create_model(source.factory, **arguments)
     return _attribute(_package(source.module, source), source.factory, source.module)
 
@@ -119,7 +121,9 @@ def _attribute(module: ModuleType, factory: str, place: str) -> Callable[..., An
     for part in factory.split("."):
         known = [key for key in vars(value) if not key.startswith("_")]
         if part not in known and not hasattr(value, part):
-            raise NetworkError(f"{place}: has no factory '{part}'{suggest(part, known)}; correct [network] source")
+            raise NetworkError(
+                f"{place}: has no factory '{part}'{suggest(part, known)}; correct [network] source"
+            )
         value = getattr(value, part)
     if not callable(value):
         raise NetworkError(

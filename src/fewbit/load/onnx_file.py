@@ -133,7 +133,9 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
             external_data_helper.load_external_data_for_tensor(tensor, str(folder))
         except (onnx.checker.ValidationError, ValueError, OSError) as reason:
             line = str(reason).strip().splitlines()[0]
-            raise ModelFileError(f"{path}: the data of tensor '{tensor.name}' cannot be read ({line})") from reason
+            raise ModelFileError(
+                f"{path}: the data of tensor '{tensor.name}' cannot be read ({line})"
+            ) from reason
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]
 
@@ -181,7 +183,9 @@ def to_array(tensor: onnx.TensorProto, path: Path) -> NDArray[np.generic]:
     try:
         array = numpy_helper.to_array(tensor)
     except (ValueError, TypeError) as reason:
-        raise ModelFileError(f"{path}: tensor '{tensor.name}' is damaged ({reason}); export it again") from reason
+        raise ModelFileError(
+            f"{path}: tensor '{tensor.name}' is damaged ({reason}); export it again"
+        ) from reason
     if tensor.data_type in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE):
         array = array.astype(np.float32)
     return array

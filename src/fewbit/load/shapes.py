@@ -103,7 +103,10 @@ def join(b: Builder, tensors: Sequence[Any], axis: int) -> fx.Node:
         dims = list(b.result.dims)
         dims[axis] = sum(b.shape(node)[axis] for node in nodes)
         joined = b.add(
-            ops.Concat(axis), *nodes, suffix="" if not ends else "join", size=Size(tuple(dims), b.result.batch)
+            ops.Concat(axis),
+            *nodes,
+            suffix="" if not ends else "join",
+            size=Size(tuple(dims), b.result.batch),
         )
     if not ends:
         return joined
@@ -283,7 +286,9 @@ def _getitem(b: Builder, input: Any, index: Any) -> Any:
         elif isinstance(part, int):
             ranges[axis] = (part % shape[axis], part % shape[axis] + 1, 1)
         elif isinstance(part, list | Tensor) and len(parts) - parts.count(slice(None)) == 1:
-            listed = part.nonzero().flatten() if isinstance(part, Tensor) and part.dtype == torch.bool else part
+            listed = (
+                part.nonzero().flatten() if isinstance(part, Tensor) and part.dtype == torch.bool else part
+            )
             return pick(b, input, axis, [int(i) for i in listed])
         else:
             raise b.refuse("indexing by a tensor")

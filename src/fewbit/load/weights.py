@@ -107,8 +107,10 @@ def _unwrap(state: Any) -> Any:
 def _what(value: Any) -> str:
     if isinstance(value, Mapping):
         return "a dict" if value else "an empty dict"
-    return f"{type(value).__name__} {value!r}"[:40] if isinstance(value, int | float | str) else (
-        f"an object of type {type(value).__name__}"
+    return (
+        f"{type(value).__name__} {value!r}"[:40]
+        if isinstance(value, int | float | str)
+        else (f"an object of type {type(value).__name__}")
     )
 
 
@@ -127,7 +129,9 @@ def _as_float(path: Path, key: str, value: Tensor) -> Tensor:
     if value.dtype in _FLOATS:
         return value.float()
     if value.is_floating_point() or value.is_complex():
-        raise NetworkError(f"{path}: tensor '{key}' is stored as {value.dtype}; give float16, bfloat16 or float32")
+        raise NetworkError(
+            f"{path}: tensor '{key}' is stored as {value.dtype}; give float16, bfloat16 or float32"
+        )
     return value
 
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 from fewbit import ops
 from fewbit.errors import RecipeError, suggest
 from fewbit.net import Layer, Net, add_layer
-from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLinear, Quantizer
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.place.targets import Target
 from fewbit.spec import QuantSpec, Rule, Scheme
 from fewbit.step import Context, Step, StepReport

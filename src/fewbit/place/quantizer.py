@@ -75,6 +75,8 @@ class Quantizer(nn.Module):
         if self.spec.symmetric:
             self.unsigned = not self.weight and bool((low64 >= 0).all())
             self.qmin, self.qmax = self.spec.code_range(unsigned=self.unsigned)
+            if self.spec.bits == 8 and not self.unsigned and not self.weight:
+                self.qmin = -128  # QuantizeLinear saturates at the end of int8
             scale = symmetric_scale(low64, high64, self.qmax, not self.unsigned, self.name)
             self._take(scale, np.zeros_like(scale))
         else:

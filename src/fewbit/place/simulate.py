@@ -18,10 +18,11 @@ from fewbit import numerics as nx
 from fewbit import ops
 from fewbit.errors import RecipeError
 from fewbit.net import Net, name_of
-from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLayer, QuantLinear, Quantizer
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer, QuantLinear
 
 _MOVES = (
-    "MaxPool Concat Flatten Reshape Permute Pad Slice Upsample Identity Dropout DropPath Relu Clip".split()
+    *("MaxPool", "Concat", "Flatten", "Reshape", "Permute", "Pad", "Slice", "Upsample"),
+    *("Identity", "Dropout", "DropPath", "Relu", "Clip"),
 )
 
 
@@ -92,7 +93,7 @@ def _matrix(module: QuantLayer, x: Tensor, grid: tuple[Quantizer | DynamicQuanti
     """Compute one convolution or matrix product by the definition of `numerics`."""
     if grid is None:
         weight = module.weight_quantizer(module.weight)
-        return _float_matrix(module, x, weight)
+        return torch.from_numpy(_float_matrix(module, x.numpy(), weight))
     quantizer, value = grid
     weights = module.weight_quantizer
     _, weight_zero = weights.grid(module.weight.dim())
@@ -118,29 +119,26 @@ def _column(values: Any, rank: int) -> NDArray[Any]:
 
 
 def _exact(module: QuantLayer, x: Tensor, weight: Tensor) -> Tensor:
-    """Sum products of whole numbers exactly: in float32 where every partial sum is below 2^24, else float64."""
+    """Sum products of whole numbers exactly: in float32 where partial sums stay below 2^24, else float64."""
     bound = float(weight.abs().flatten(1).sum(1).max()) * float(x.abs().max())
     dtype = torch.float32 if bound < 2**24 else torch.float64
-    return _apply(module, x.to(dtype), weight.to(dtype), None).double()
+    return _apply(module, x.to(dtype), weight.to(dtype)).double()
 
 
-def _apply(
-    module: QuantLayer | nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+def _apply(module: QuantLayer, x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
-        return ops.convolve(x, weight, bias, module)
-    return nn.functional.linear(x, weight, bias)
+        return ops.convolve(x, weight, None, module)
+    return nn.functional.linear(x, weight)
 
 
-def _float_matrix(module: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
-    """Compute in float64 and round once."""
-    bias = None if module.bias is None else module.bias.double()
-    return _apply(module, x.double(), weight.double(), bias).float()
-
-
-def _torch_matrix(module: Any, x: NDArray[Any]) -> NDArray[Any]:
-    result: NDArray[Any] = _float_matrix(module, torch.from_numpy(x), module.weight).numpy()
-    return result
+def _float_matrix(module: nn.Conv2d | nn.Linear, x: NDArray[Any], weight: Tensor) -> NDArray[Any]:
+    """Compute in float64 and round once, in the order of sums that the reference takes."""
+    bias = None if module.bias is None else module.bias.detach().numpy()
+    values = weight.detach().numpy()
+    if isinstance(module, nn.Linear):
+        return nx.linear(x, values, bias)
+    strides, dilations = list(module.stride), list(module.dilation)
+    return nx.convolve_floats(x, values, bias, strides, ops.pads_of(module), dilations, module.groups)
 
 
 def _conv_transpose(module: Any, x: NDArray[Any]) -> NDArray[Any]:
@@ -184,8 +182,8 @@ def _layer_norm_2d(m: Any, x: NDArray[Any]) -> NDArray[Any]:
 
 
 _DEFINED: Mapping[str, Callable[..., NDArray[Any]]] = {
-    "Conv": _torch_matrix,
-    "Linear": _torch_matrix,
+    "Conv": lambda m, x: _float_matrix(m, x, m.weight),
+    "Linear": lambda m, x: _float_matrix(m, x, m.weight),
     "ConvTranspose": _conv_transpose,
     "MatMul": lambda m, a, b: (a.astype(np.float64) @ b.astype(np.float64)).astype(np.float32),
     "BatchNorm": _batch_norm,

@@ -42,7 +42,7 @@ TARGETS: dict[str, Target] = {
     "onnxruntime": Target(
         name="onnxruntime",
         symmetric_activations=False,
-        fuses={kind: ("Relu", "Clip") for kind in ("Conv", "Linear", "Add")},
+        fuses=dict.fromkeys(("Conv", "Linear", "Add"), ("Relu", "Clip")),
         integer_kinds=frozenset({"Add", "Mul", "Concat", "AvgPool", "GlobalAvgPool", "Sigmoid", "LeakyRelu"}),
         quantizes_output=True,
         fuses_residual=False,
@@ -51,8 +51,9 @@ TARGETS: dict[str, Target] = {
     "openvino": Target(
         name="openvino",
         symmetric_activations=True,
-        fuses={
-            kind: (
+        fuses=dict.fromkeys(
+            ("Conv", "Linear", "Add", "BatchNorm", "Mul"),
+            (
                 "Relu",
                 "Clip",
                 "Silu",
@@ -63,9 +64,8 @@ TARGETS: dict[str, Target] = {
                 "PRelu",
                 "Gelu",
                 "Elu",
-            )
-            for kind in ("Conv", "Linear", "Add", "BatchNorm", "Mul")
-        },
+            ),
+        ),
         integer_kinds=frozenset({"Add", "Mul", "Concat", "AvgPool", "GlobalAvgPool"}),
         quantizes_output=False,
         fuses_residual=True,

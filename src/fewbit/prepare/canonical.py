@@ -142,7 +142,7 @@ def _set_module(net: Net, name: str, module: nn.Module) -> None:
 
 
 def example_gap(net: Net, other: Net, seed: int = 0) -> float:
-    """Return the largest difference of two networks' logits on a random image, relative to the largest logit."""
+    """Return how far two networks' logits on a random image differ, relative to the largest logit."""
     image = torch.rand((1, *net.input_size), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         a, b = net(image), other(image)

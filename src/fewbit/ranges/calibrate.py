@@ -11,9 +11,9 @@ from torch import Tensor, fx
 
 from fewbit.errors import DataError, RecipeError
 from fewbit.net import Net
-from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLayer, QuantLinear, Quantizer
-from fewbit.ranges.weights import find_weight_range
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer, QuantLinear
 from fewbit.ranges.range_finder import RangeFinder, RangeMethod
+from fewbit.ranges.weights import find_weight_range
 from fewbit.registry import find
 from fewbit.spec import QuantSpec
 from fewbit.step import Context, Step, StepReport
@@ -106,7 +106,7 @@ def _derives(net: Net, node: fx.Node, group: set[fx.Node]) -> str:
 
 
 def _sources(node: fx.Node, group: set[fx.Node]) -> set[fx.Node]:
-    """Return the group's quantizer nodes whose values a concatenation holds, through layers that move values."""
+    """Return the group's quantizer nodes whose values a concatenation holds."""
     found: set[fx.Node] = set()
     layer = node.args[0]
     assert isinstance(layer, fx.Node)

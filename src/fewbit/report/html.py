@@ -81,7 +81,7 @@ def render(study: StudyRecord) -> str:
     networks = sorted({trial.network for trial in study.trials})
     return _template().render(
         title=f"fewbit: {', '.join(networks)}",
-        subtitle=f"search for {_objective(study)} in {', '.join(networks)}",
+        subtitle=f"search for {_objective(study)} in {', '.join(networks)}" if networks else "",
         policy=_policy([plotly, script]),
         style=_read("style.css"),
         plotly=plotly,
@@ -117,13 +117,8 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"inert": _inert, "key": marks.key}
+    environment.filters["key"] = marks.key
     return environment.get_template("page.html")
-
-
-def _inert(json: str) -> str:
-    """Write JSON so that nothing in it can end the script element that holds it."""
-    return json.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _read(name: str) -> str:

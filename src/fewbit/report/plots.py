@@ -201,7 +201,10 @@ _LOOK = {
 
 def _layout(study: StudyRecord, axis: _Axis, shown: Sequence[Trial]) -> go.Layout:
     values = [value for trial in shown if (value := axis.value(trial)) is not None]
-    horizontal: dict[str, object] = {**_AXIS, "title": {"text": axis.title, "standoff": 10}}
+    horizontal: dict[str, object] = {
+        **_AXIS,
+        "title": {"text": axis.title, "standoff": 10, "font": {"size": 13}},
+    }
     if min(values) > 0 and max(values) / min(values) > WIDE:
         ticks = _ticks(min(values), max(values))
         horizontal |= {"type": "log", "tickvals": ticks, "ticktext": [axis.write(tick) for tick in ticks]}
@@ -215,7 +218,11 @@ def _layout(study: StudyRecord, axis: _Axis, shown: Sequence[Trial]) -> go.Layou
         xaxis=horizontal,
         yaxis={
             **_AXIS,
-            "title": {"text": f"top-{axis_k(study)} accuracy on search images", "standoff": 12},
+            "title": {
+                "text": f"top-{axis_k(study)} accuracy on search images",
+                "standoff": 12,
+                "font": {"size": 13},
+            },
             "tickformat": ".1~%",
         },
         showlegend=False,

@@ -49,7 +49,9 @@ def sentence_parts(study: StudyRecord) -> tuple[Part, ...]:
 def verdict(study: StudyRecord) -> tuple[Verdict, str]:
     """Say how sure the answer is: a word, and the same for the reader."""
     answer = study.answer
-    if answer is None or not answer.found:
+    if answer is None:
+        return "none", "Nothing measured"
+    if not answer.found:
         return "none", "Nothing inside the budget"
     checks = answer.confirmation.checks
     if not all(check.met for check in checks):

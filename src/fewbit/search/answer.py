@@ -1,4 +1,4 @@
-"""From what was measured to what is recommended: who is confirmed in which order, and what to say where nobody is."""
+"""From what was measured to what is recommended: who is confirmed first, and what to say where nobody is."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TIE = 0.03
 def finalists(view: Standing) -> list[Trial]:
     """Order the trials inside the budgets for confirmation: the best first, equal ones by accuracy.
 
-    Of trials within `TIE` of the best value, one that is proven goes before one that is not, then the one that
-    is deepest inside the budgets of accuracy.
+    Of trials within `TIE` of the best value, one that is proven goes before one that is not, then the one
+    that is deepest inside the budgets of accuracy.
     """
     left, order = view.ranked(), list[Trial]()
     while left:
@@ -39,8 +39,8 @@ def accuracy_excess(view: Standing, trial: Trial) -> float:
 def advice(view: Standing, nearest: Trial) -> str:
     """Say in one line what would meet the budgets that the nearest trial misses.
 
-    For each: by how much float32 itself misses it, the limit that the most accurate (smallest, quickest) network
-    measured would meet, and the one that the fastest would.
+    For each: by how much float32 itself misses it, the limit that the most accurate (smallest, quickest)
+    network measured would meet, and the one that the fastest would.
     """
     texts = [_advice(view, b, nearest) for b in view.terms.budgets if not _meets(view, b, measured(nearest))]
     if texts:
@@ -49,7 +49,7 @@ def advice(view: Standing, nearest: Trial) -> str:
 
 
 def holdout_advice(view: Standing, figures: Measured, name: str) -> str:
-    """Say what would meet the budgets that a finalist holds on the search images and misses on the holdout."""
+    """Say what would meet the budgets that a finalist holds on the search images, not on the holdout."""
     missed = [b for b in view.terms.budgets if not _meets(view, b, figures)]
     limits = [
         f"{b.text} is missed on the holdout images; {_limit(view, b, figures)} would hold" for b in missed

@@ -31,8 +31,8 @@ def races(budgets: Sequence[Budget], reference: Predictions | None, images: int)
 
     Args:
         budgets: What has to hold.
-        reference: What float32 predicted on the same images in the same order; none for float32 itself, which
-            is never dropped.
+        reference: What float32 predicted on the same images in the same order; none for float32 itself,
+            which is never dropped.
         images: How many there are.
     """
     if reference is None:
@@ -56,8 +56,8 @@ def evaluate(
 ) -> tuple[Predictions, str]:
     """Predict images in their order, until the end or until a race is hopeless.
 
-    There are about 16 looks at the races; past half of the images a hopeless race is run to its end, since the
-    full figure is worth more than what is left to save.
+    There are about 16 looks at the races; past half of the images a hopeless race is run to its end, since
+    the full figure is worth more than what is left to save.
 
     Args:
         runner: The opened file.

@@ -1,4 +1,4 @@
-"""The end of a search: finalists are confirmed on the holdout images, timed side by side, and the best is kept."""
+"""The end of a search: finalists are confirmed on the holdout images, then timed side by side."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Finish:
         return self._answer(chosen, found, text)
 
     def _confirm(self) -> tuple[list[Finalist], list[Finalist]]:
-        """Walk down the finalists until enough are confirmed; return those that are and those that are not."""
+        """Walk down the finalists until enough are confirmed; return those that are and those not."""
         confirmed, missed = list[Finalist](), list[Finalist]()
         for trial in finalists(self.view)[:_MOST_TRIED]:
             if confirmed:
@@ -94,8 +94,8 @@ class Finish:
             (confirmed if finalist.confirmed else missed).append(finalist)
             if not finalist.confirmed:
                 self.notes.append(
-                    f"{describe(trial)} is inside the budget on the search images, not on the holdout images; "
-                    "the next best was taken"
+                    f"{describe(trial)} was passed over: it is inside the budget on the search images, "
+                    "not on the holdout images"
                 )
         return confirmed, missed
 
@@ -151,7 +151,7 @@ class Finish:
         return Measured(confirmation.accuracy, confirmation.versus_float, trial.bytes, trial.timing)
 
     def _choose(self, confirmed: list[Finalist]) -> Finalist:
-        """Time the confirmed finalists side by side and take the fastest; for size the first is the smallest."""
+        """Time the confirmed finalists side by side, take the fastest; for size take the smallest."""
         if len(confirmed) == 1 or self.view.terms.objective == "size":
             return confirmed[0]
         self.inside("timing the finalists", 0.0)

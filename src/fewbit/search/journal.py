@@ -1,8 +1,8 @@
-"""The journal of a study: every finished trial and every decision that depended on a clock, in one SQLite file.
+"""The journal of a study: every finished trial, and every decision that depended on a clock, in SQLite.
 
 A process may be killed at any moment. A trial and its predictions go in with one transaction that is on disk
-before the next step begins (write-ahead log, ``synchronous=FULL``); what is not in the journal did not happen and
-is done again. A trial's key is the primary key, so no trial is stored twice.
+before the next step begins (write-ahead log, ``synchronous=FULL``); what is not in the journal did not happen
+and is done again. A trial's key is unique there, so no trial is stored twice.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Part = Literal["calibration", "search", "holdout"]
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE trials (position INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, trial TEXT NOT NULL);
-CREATE TABLE predictions (key TEXT NOT NULL, part TEXT NOT NULL, arrays BLOB NOT NULL, PRIMARY KEY (key, part));
+CREATE TABLE trials (position INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, trial TEXT);
+CREATE TABLE predictions (key TEXT NOT NULL, part TEXT NOT NULL, arrays BLOB, PRIMARY KEY (key, part));
 CREATE TABLE decisions (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 _ANOTHER = "give what it was made with, or another folder with --out"
@@ -42,12 +42,12 @@ class Journal:
 
     Args:
         folder: The study's folder; made when missing.
-        identity: What the trials depend on, by readable name ("seed", "data", "network resnet20"). A name of
-            the form "network ..." may be new: a card can be added to a study, not taken out or changed.
+        identity: What the trials depend on, by readable name ("seed", "network resnet20"). A name that begins
+            with "network " may be new: a card can be added to a study, not taken out or changed.
         resume: Go on with a journal that is there; else one that is there is refused.
 
     Raises:
-        JournalError: It is of another network, data, version or host, is damaged, or another search writes it.
+        JournalError: It is of another network, data, version or host, damaged, or in use.
         OutputError: The folder cannot be written.
     """
 
@@ -57,7 +57,8 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"{folder}: cannot be made ({error.strerror or error}); give a folder you may write to with --out"
+                f"{folder}: cannot be made ({error.strerror or error}); "
+                "give a folder you may write to with --out"
             ) from error
         there = self.path.exists() and self.path.stat().st_size > 0
         if there and not resume:
@@ -224,7 +225,7 @@ def read_study(folder: Path) -> StudyRecord:
     """Read the record of a study that a search wrote, without changing anything.
 
     Raises:
-        JournalError: The folder has no study, or one that was ended before its first record, or a damaged one.
+        JournalError: The folder has no study, one that was ended before its first trial, or a damaged one.
     """
     path = Path(folder) / FILE
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""Which trial comes next: a ladder of rungs from cheap to dear, each a pure function of what was measured so far.
+"""Which trial comes next: a ladder of rungs from cheap to dear, each a pure function of the trials so far.
 
-A rung is one row of `RUNGS`: a name and a function from `Standing` to the next proposal or none. The ladder asks
-the rungs in order and takes the first proposal. The same history gives the same proposal, so a search that was
-killed goes on as if it had not been.
+A rung is one row of `RUNGS`: a name and a function from `Standing` to the next proposal or none. The ladder
+asks the rungs in order and takes the first proposal. The same history gives the same proposal, so a search
+that was killed goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _first_new(view: Standing, proposals: Iterator[Proposal]) -> Proposal | None
 
 
 def _by_promise(view: Standing) -> list[Pair]:
-    """Pairs of network and engine: networks whose float32 is inside the budget first, then by float32 speed."""
+    """Pairs of network and engine: those whose float32 is inside the budget first, then by its speed."""
 
     def order(pair: Pair) -> tuple[bool, float, float]:
         outside = view.float_excess(pair.network) > 0
@@ -208,7 +208,7 @@ def _out_of_the_race(view: Standing, network: str) -> bool:
 
 
 def _climbing(view: Standing) -> list[Pair]:
-    """Pairs worth a dearer rung: int8 there is faster than the best inside the budget, and accuracy is what lacks."""
+    """Pairs worth a dearer rung: int8 is faster there than the best inside, and accuracy is what lacks."""
     worth = []
     for pair in view.pairs():
         speed = view.int8_value(pair)

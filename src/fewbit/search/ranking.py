@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fewbit.net import Layer, Net
-from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLinear, Quantizer
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 
 _PIXELS = 4_000_000
 
@@ -25,7 +25,7 @@ def images_for_ranking(input_size: tuple[int, int, int]) -> int:
 def rank_layers(net: Net, quantized: Net, batches: Sequence[Tensor]) -> tuple[str, ...]:
     """Order the convolutions and matrix products by what leaving each alone in float would mend.
 
-    The score of a layer is how much the divergence ``sum over images of KL(softmax(float) || softmax(quantized))``
+    The score of a layer is how much the divergence ``sum over images KL(softmax(float) || softmax(quantized))``
     falls when its weight, and its input where nothing else reads it, are not rounded: measured in the full
     graph, every other layer rounded.
 

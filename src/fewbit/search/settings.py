@@ -57,8 +57,8 @@ def second_stage(objective: Objective, best: Setting, batches: Sequence[int]) ->
 def evaluation(engine: EngineName, float_precision: FloatPrecision, threads: int) -> Setting:
     """Return the one setting that accuracy is measured with.
 
-    It depends on no timing, so that accuracies are the same in every run: sums in float may differ in the last
-    bit between batch sizes.
+    It depends on no timing, so that accuracies are the same in every run: sums in float may differ in the
+    last bit between batch sizes.
     """
     return Setting(
         engine=engine,

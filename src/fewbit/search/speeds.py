@@ -69,7 +69,7 @@ class Sessions:
 
 
 class Speeds:
-    """Chooses settings and times files; every choice goes into the journal, so that a resumed search repeats it.
+    """Chooses settings and times files; choices go into the journal, so that a resumed search repeats them.
 
     Args:
         terms: What is better, and which latency is allowed.
@@ -114,7 +114,7 @@ class Speeds:
         return found
 
     def best(self, surveyed: Sequence[Surveyed]) -> Setting:
-        """Return the best setting of a survey, among those inside the budgets of latency where there are any."""
+        """Return the best setting of a survey, of those inside the budgets of latency where there are any."""
         inside = [
             s for s in surveyed if s.rounds and all(b.holds(s.ms_per_batch) for b in self._latency_budgets())
         ]
@@ -211,4 +211,5 @@ class Speeds:
 
 
 def _name(setting: Setting) -> str:
-    return f"float32 on {setting.engine}, batch {setting.batch}, threads {setting.threads}, streams {setting.streams}"
+    how = f"batch {setting.batch}, threads {setting.threads}, streams {setting.streams}"
+    return f"float32 on {setting.engine}, {how}"

@@ -16,6 +16,10 @@ from fewbit.spec import Frozen
 Objective = Literal["throughput", "latency", "size"]
 
 
+FAR = 0.75
+"""A trial at less than this share of a proven one's speed is not worth its accuracy measurement."""
+
+
 class Pair(NamedTuple):
     """A network on an engine."""
 
@@ -118,7 +122,7 @@ class Standing:
         return {network: statistics.median(rates) for network, rates in seen.items()}
 
     def too_slow(self, network: str, timing: Timing) -> Trial | None:
-        """Return a proven trial that is faster than this speed beyond both intervals, none where there is none."""
+        """Return a proven trial that is far faster than this, beyond both intervals; none where there is none."""
         best, interval = next((t for t in self.ranked() if self.proven(t)), None), timing.ratio_interval
         if self.terms.objective == "size" or best is None or interval is None:
             return None
@@ -126,8 +130,8 @@ class Standing:
         other = best.timing.ratio_interval
         if other is None or network not in self._float_rates:
             return None
-        slower = interval.high * self._float_rates[network] < other.low * self._float_rates[best.network]
-        return best if slower else None
+        speed, faster = self._float_rates[network], self._float_rates[best.network]
+        return best if interval.high * speed < FAR * other.low * faster else None
 
     def ranked(self) -> list[Trial]:
         """Trials inside every budget, the best first."""
@@ -139,7 +143,7 @@ class Standing:
         return next((t for t in self.ranked() if not (_is_int8(t) and _pair(t) == without)), None)
 
     def nearest(self) -> Trial | None:
-        """Return the trial that is least outside the budgets, whole measurements before races that ended early."""
+        """Return the trial that is least outside the budgets, whole measurements before ended races."""
         known = [t for t in self.trials if t.accuracy is not None and t.state != "failed"]
         return min(
             known,
@@ -188,7 +192,7 @@ class Standing:
         ]
 
     def int8_value(self, pair: Pair) -> float | None:
-        """Return the best value that int8 reaches on a pair, whatever its accuracy; none where it does not run."""
+        """Return the best value of int8 on a pair, whatever its accuracy; none where it does not run."""
         values = [v for t in self.int8_trials(pair) if (v := self.value(t)) > float("-inf")]
         return max(values, default=None)
 

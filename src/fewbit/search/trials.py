@@ -19,7 +19,7 @@ from fewbit.search.journal import Journal, Part
 from fewbit.search.ladder import PLAIN, Proposal
 from fewbit.search.settings import EVALUATION_BATCH, evaluation
 from fewbit.search.speeds import Sessions, Speeds
-from fewbit.search.standing import Pair, Standing
+from fewbit.search.standing import Standing
 from fewbit.search.trial import LayerRecord, Trial
 from fewbit.search.workbench import Built, Workbench, recipe_calibrates
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fewbit.net import Layer, Net
-from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLinear, Quantizer
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.place.targets import TARGETS
 from fewbit.prepare.canonical import Canonical
 from fewbit.prepare.fold_bn import FoldBN
@@ -96,7 +96,7 @@ def layer_records(float_net: Net, net: Net, batches: Iterable[Tensor]) -> tuple[
 
 
 def _float_form(net: Net) -> Net:
-    """Return the rewritten and folded copy of a captured network, whose layers have the quantized one's names."""
+    """Return the rewritten and folded copy of a captured network, with the quantized one's layer names."""
     if {"canonical", "folded"} <= net.facts:
         return net
     copy = net.clone().eval()
@@ -109,7 +109,6 @@ def _float_form(net: Net) -> Net:
 
 def _record(net: Net, layer: Layer, sums: _Sums | None) -> LayerRecord:
     module = layer.module
-    quantized = isinstance(module, QuantConv2d | QuantLinear)
     reader = _reader(net, layer.node)
     weight = getattr(module, "weight", None)
     weight = weight if isinstance(weight, Tensor) and isinstance(module, nn.Conv2d | nn.Linear) else None

@@ -138,6 +138,12 @@ def write_mixed(path: Path, batch: int | str = "N") -> Path:
 
 
 @pytest.fixture(scope="session")
+def builder() -> type[Graph]:
+    """The class that writes a file node by node."""
+    return Graph
+
+
+@pytest.fixture(scope="session")
 def write_net() -> dict[str, Callable[..., Path]]:
     """What writes each network: ``write_net["float"](path, batch="N")``."""
     return {"float": write_float, "int8": write_int8, "mixed": write_mixed}

@@ -217,6 +217,18 @@ def test_it_can_be_started_from_a_thread_that_ends(files: Files, images: np.ndar
         assert session.run(images).shape == (11, 10)
 
 
+def test_a_system_without_anonymous_files_shares_a_temporary_one(
+    monkeypatch: pytest.MonkeyPatch, files: Files, images: np.ndarray
+) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    with EngineProcess("onnxruntime") as process:
+        expected = OnnxRuntime().open(files["float"], Setting(batch=4)).run(images)
+        assert np.array_equal(process.open(files["float"], setting("onnxruntime")).run(images), expected)
+        shared = Path(process._start()._shared.name)
+        assert shared.exists()
+    assert not shared.exists()
+
+
 def test_the_process_imports_no_torch() -> None:
     heavy = ("torch", "onnx", "scipy", "PIL")
     program = f"import fewbit.engines.child, sys; print([m for m in {heavy} if m in sys.modules])"

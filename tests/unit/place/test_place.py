@@ -1,25 +1,25 @@
 from __future__ import annotations
 
 import pytest
-from networks import make_context, make_net, quantize
 
 from fewbit.errors import RecipeError
 from fewbit.net import Net
-from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, QuantLinear, Quantizer
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.recipe import read_recipe, run_recipe
 from fewbit.spec import QuantSpec, Rule
+from networks import make_context, make_net, quantize
 
 
 def quantized_after(net: Net) -> dict[str, str]:
     """Return, for each quantized tensor, the name of its quantizer."""
-    return {
-        layer.inputs[0]: layer.name for layer in net.layers() if isinstance(layer.module, Quantizer)
-    }
+    return {layer.inputs[0]: layer.name for layer in net.layers() if isinstance(layer.module, Quantizer)}
 
 
 def test_onnxruntime_gets_a_quantizer_behind_each_kernel_and_none_inside() -> None:
     after = quantized_after(quantize("residual", engine="onnxruntime"))
-    assert set(after) == {"input", "relu", "relu_1", "conv2", "relu_2", "mean"} | {name for name in after if "flatten" in name}
+    assert set(after) == {"input", "relu", "relu_1", "conv2", "relu_2", "mean"} | {
+        name for name in after if "flatten" in name
+    }
     assert "add" not in after  # the ReLU behind the sum is its kernel's
 
 
@@ -31,15 +31,23 @@ def test_openvino_adds_the_residual_inside_the_convolution() -> None:
 
 def test_openvino_codes_are_unsigned_behind_relu_and_signed_elsewhere() -> None:
     net = quantize("residual", engine="openvino")
-    by_tensor = {layer.inputs[0]: layer.module for layer in net.layers() if isinstance(layer.module, Quantizer)}
+    by_tensor = {
+        layer.inputs[0]: layer.module for layer in net.layers() if isinstance(layer.module, Quantizer)
+    }
     assert (by_tensor["relu"].qmin, by_tensor["relu"].qmax, by_tensor["relu"].unsigned) == (0, 255, True)
-    assert (by_tensor["input"].qmin, by_tensor["input"].qmax, by_tensor["input"].unsigned) == (-127, 127, False)
+    assert (by_tensor["input"].qmin, by_tensor["input"].qmax, by_tensor["input"].unsigned) == (
+        -128,
+        127,
+        False,
+    )
     assert all(float(q.zero_point) == 0 for q in by_tensor.values())
 
 
 def test_onnxruntime_codes_are_unsigned_everywhere_with_zero_point_0_behind_relu() -> None:
     net = quantize("residual", engine="onnxruntime")
-    by_tensor = {layer.inputs[0]: layer.module for layer in net.layers() if isinstance(layer.module, Quantizer)}
+    by_tensor = {
+        layer.inputs[0]: layer.module for layer in net.layers() if isinstance(layer.module, Quantizer)
+    }
     assert all(q.unsigned for q in by_tensor.values())
     assert float(by_tensor["relu"].zero_point) == 0
     assert float(by_tensor["input"].zero_point) > 0
@@ -58,7 +66,9 @@ def test_concatenation_and_pools_share_one_quantizer(engine: str) -> None:
 def test_relu6_never_gets_a_range_over_6() -> None:
     net = quantize("depthwise", engine="onnxruntime")
     clips = [layer.name for layer in net.layers() if layer.kind == "Clip"]
-    by_tensor = {layer.inputs[0]: layer.module for layer in net.layers() if isinstance(layer.module, Quantizer)}
+    by_tensor = {
+        layer.inputs[0]: layer.module for layer in net.layers() if isinstance(layer.module, Quantizer)
+    }
     assert clips and all(by_tensor[name].range()[1] <= 6.0001 for name in clips)
 
 
@@ -76,14 +86,18 @@ def test_a_rule_gives_a_layer_its_own_widths() -> None:
     scheme = read_recipe("int8").scheme.model_copy(
         update={"rules": (Rule(match="first", weights=QuantSpec(bits=4, symmetric=True, signed=True)),)}
     )
-    net, _ = run_recipe(read_recipe("int8").model_copy(update={"scheme": scheme}), make_net("residual"), make_context())
+    net, _ = run_recipe(
+        read_recipe("int8").model_copy(update={"scheme": scheme}), make_net("residual"), make_context()
+    )
     assert net.layer("stem").module.weight_quantizer.spec.bits == 4
     assert net.layer("conv1").module.weight_quantizer.spec.bits == 8
 
 
 def test_a_rule_that_matches_nothing_is_told() -> None:
     recipe = read_recipe("int8").with_float(["conv9"])
-    with pytest.raises(RecipeError, match=r"rule 'conv9' \(did you mean 'conv\d'\?\): no layer of residual matches"):
+    with pytest.raises(
+        RecipeError, match=r"rule 'conv9' \(did you mean 'conv\d'\?\): no layer of residual matches"
+    ):
         run_recipe(recipe, make_net("residual"), make_context())
 
 

@@ -41,7 +41,9 @@ def test_worked_example_per_channel() -> None:
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20), st.integers(2, 8), st.booleans())
-def test_rounding_twice_is_rounding_once_and_zero_stays_zero(values: list[float], bits: int, symmetric: bool) -> None:
+def test_rounding_twice_is_rounding_once_and_zero_stays_zero(
+    values: list[float], bits: int, symmetric: bool
+) -> None:
     spec = QuantSpec(bits=bits, symmetric=symmetric, signed=symmetric)
     quantizer = made(min(*values, 0.0), max(*values, 0.0), spec)
     once = quantizer(torch.tensor(values))

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import NETWORKS, RECIPES, make_images, quantize
 
 from fewbit.engines.reference import Reference
 from fewbit.engines.session import Setting
@@ -15,6 +14,7 @@ from fewbit.place.quantizer import Quantizer
 from fewbit.place.simulate import simulate, simulate_recorded
 from fewbit.place.targets import target
 from fewbit.recipe import read_recipe
+from networks import NETWORKS, RECIPES, make_images, quantize
 
 ENGINES = ("onnxruntime", "openvino")
 FOUR_BITS = {
@@ -46,7 +46,9 @@ def _quantizer(net: Net, name: str) -> Quantizer:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("recipe", [*RECIPES, "int8-dynamic", "int8-weights-only"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_simulation_and_reference_agree_bit_for_bit(name: str, recipe: str, engine: str, tmp_path: Path) -> None:
+def test_simulation_and_reference_agree_bit_for_bit(
+    name: str, recipe: str, engine: str, tmp_path: Path
+) -> None:
     check_equal(quantize(name, recipe, engine), tmp_path / "net.onnx", engine)
 
 

@@ -27,8 +27,9 @@ study, trial, accuracies, comparison = (made[n] for n in ("study", "trial", "acc
 
 def test_sentence_names_network_setting_speed_drop_images_and_budget() -> None:
     assert sentence(study()) == (
-        "resnet20 in int8 (percentile ranges) on OpenVINO, batch 8, 2 threads: 2.41x [2.33, 2.48] the speed of "
-        "the fastest float32, top-1 drop 0.2 points [-0.4, 0.8] on 3,000 holdout images; inside top1-drop<=1%."
+        "resnet20 in int8 (percentile ranges) on OpenVINO, batch 8, 2 threads: 2.41x [2.33, 2.48] the speed "
+        "of the fastest float32, top-1 drop 0.2 points [-0.4, 0.8] on 3,000 holdout images; "
+        "inside top1-drop<=1%."
     )
 
 
