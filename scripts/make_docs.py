@@ -71,8 +71,8 @@ def pages() -> dict[Path, str]:
     index = ["# Methods", "", "Made from the docstrings by `scripts/make_docs.py`.", ""]
     for kind in ROWS:
         index += [f"## {kind}", ""]
-        for name in rows(kind):  # type: ignore[arg-type]
-            found = find(kind, name)  # type: ignore[arg-type]
+        for name in rows(kind):
+            found = find(kind, name)
             made[DOCS / f"{kind}-{name}.md"] = page(kind, name, found)
             index.append(f"- [{name}]({kind}-{name}.md): {(inspect.getdoc(found) or '').splitlines()[0]}")
         index.append("")

@@ -260,7 +260,7 @@ class Conv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         """Show the sizes and the padding of each side."""
-        return f"{super().extra_repr()}, pads={self.pads}"
+        return f"{super().extra_repr()}, pads={self.pads}"  # type: ignore[no-untyped-call]
 
 
 def pads_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ from fewbit.errors import RecipeError, suggest
 
 Kind = Literal["steps", "ranges", "engines"]
 
-ROWS: dict[str, dict[str, str]] = {
+ROWS: dict[Kind, dict[str, str]] = {
     "steps": {
         "canonical": "fewbit.prepare.canonical:Canonical",
         "fold_bn": "fewbit.prepare.fold_bn:FoldBN",

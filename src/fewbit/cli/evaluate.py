@@ -68,7 +68,7 @@ def _predict(
     folder: Path,
     card: Any,
     data: Path,
-    engine: str,
+    engine: Any,
     options: dict[str, Any],
     tell: Tell,
 ) -> tuple[list[Any], int, int]:
@@ -79,7 +79,7 @@ def _predict(
     from fewbit.measure.accuracy import Predictions
 
     setting = Setting(
-        engine=engine,  # type: ignore[arg-type]
+        engine=engine,
         batch=options["batch"],
         threads=default_threads(options["threads"]),
     )

@@ -55,7 +55,7 @@ def inspect(card: str, data: Path | None, recipe: str, engine: str, seed: int, *
 
 
 def _quantized(
-    given: Any, net: Any, data: Path, recipe: str, engine: str, seed: int, tell: Any
+    given: Any, net: Any, data: Path, recipe: str, engine: Any, seed: int, tell: Any
 ) -> tuple[Any, Any]:
     import torch
 
@@ -80,7 +80,7 @@ def _quantized(
         export_onnx(made, path, target(engine))
         tell(f"placement on {engine}", 0.9)
         with EngineProcess(engine) as process:
-            placement = process.open(path, Setting(engine=engine)).placement()  # type: ignore[arg-type]
+            placement = process.open(path, Setting(engine=engine)).placement()
     return records, placement
 
 

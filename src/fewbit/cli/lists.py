@@ -28,7 +28,7 @@ def methods(as_json: bool) -> None:
 
     listed = []
     for kind in ROWS:
-        for name in rows(kind):  # type: ignore[arg-type]
+        for name in rows(kind):
             what, source = describe(find(kind, name))
             listed.append({"kind": kind, "name": name, "what": what, "source": source})
     if as_json:

@@ -7,8 +7,8 @@ import sys
 
 import click
 
-from fewbit import __version__
 from fewbit.errors import EngineError, FewbitError, InputError, suggest
+from fewbit.version import __version__
 
 COMMANDS: dict[str, str] = {
     "search": "fewbit.cli.search:search",

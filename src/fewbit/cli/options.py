@@ -16,7 +16,7 @@ from fewbit.load.card import Card, card_from_options, read_card
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Numbers(click.ParamType[Any]):
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
     """Numbers with commas between them: "1,8,32"."""
 
     name = "numbers"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,13 +96,17 @@ class ImageSource:
 
 
 def open_images(
-    path: Path | str, labels: Path | str | None = None, strict: bool = False, classes: int | None = None
+    path: Path | str,
+    labels: Path | str | Mapping[str, int] | None = None,
+    strict: bool = False,
+    classes: int | None = None,
 ) -> ImageSource:
     """List labelled images; none is read yet.
 
     Args:
         path: A folder, tar, zip or parquet.
-        labels: JSON file, folder name -> class index; without it the sorted folder names are 0, 1, ...
+        labels: Folder name -> class index, or a JSON file of it; without it the sorted folder names are
+            0, 1, ...
         strict: A broken image stops the run; else it is skipped and counted.
         classes: The network's number of classes, to check the labels against.
 
@@ -110,13 +115,16 @@ def open_images(
             outside class folders; an archive's member would leave it; the labels do not fit.
     """
     path = Path(path)
-    known = None if labels is None else read_labels(Path(labels), classes)
+    if labels is None or isinstance(labels, Mapping):
+        known, told = None if labels is None else dict(labels), "the labels kept in the exported file"
+    else:
+        known, told = read_labels(Path(labels), classes), str(labels)
     store = _open_store(path)
     if not store.names:
         raise DataError(
             f"{path}: holds no images; allowed are {_LAYOUTS}, with names ending in {', '.join(SUFFIXES)}"
         )
-    source = _label(path, store, known, labels, strict)
+    source = _label(path, store, known, told, strict)
     if classes is not None:
         source.check_classes(classes)
     return source
@@ -220,9 +228,7 @@ def _common_folders(names: list[str]) -> int:
     return shared
 
 
-def _label(
-    path: Path, store: Store, known: dict[str, int] | None, labels: Path | str | None, strict: bool
-) -> ImageSource:
+def _label(path: Path, store: Store, known: dict[str, int] | None, told: str, strict: bool) -> ImageSource:
     """Give each image its class index: the store's, else by the labels file, else by the sorted names."""
     if isinstance(store.labels, np.ndarray):
         return ImageSource(path, store, np.arange(len(store.labels)), store.labels, strict=strict)
@@ -235,20 +241,20 @@ def _label(
         known = {name: place for place, name in enumerate(folders)}
     else:
         folders = ()
-        _check_known(path, words, known, labels)
+        _check_known(path, words, known, told)
     return ImageSource(
         path, store, order, np.array([known[word] for word in words], np.int64), folders, strict
     )
 
 
-def _check_known(path: Path, words: list[str], known: dict[str, int], labels: Path | str | None) -> None:
+def _check_known(path: Path, words: list[str], known: dict[str, int], told: str) -> None:
     strange = Counter(word for word in words if word not in known)
     if strange:
         word, count = min(strange.items())
         others = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise DataError(
             f"{path}: class folder '{word}' ({count} images){suggest(word, known)}{others} not among the "
-            f"{len(known)} names of {labels}; add what is missing there or take the folder out"
+            f"{len(known)} names of {told}; add what is missing there or take the folder out"
         )
 
 

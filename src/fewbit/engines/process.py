@@ -199,6 +199,8 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             pass_fds=inherited,
+            # Engines have threads of their own; numpy's would only wait for each other on a busy machine.
+            env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
         )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()

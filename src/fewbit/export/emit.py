@@ -28,10 +28,11 @@ class Emitter:
     def constant(self, name: str, value: ArrayLike | Tensor, dtype: Any = np.float32) -> ir.Value:
         """Return an initializer, made once for each name."""
         if name not in self.initializers:
-            array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-            tensor = ir.tensor(np.array(array, dtype, order="C"), name=name)
+            given = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+            array = np.array(given, dtype, order="C")
+            tensor = ir.tensor(array, name=name)
             self.initializers[name] = ir.Value(
-                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
             )
         return self.initializers[name]
 

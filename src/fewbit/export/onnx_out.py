@@ -8,7 +8,6 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import fx
 
-from fewbit import __version__
 from fewbit.errors import RecipeError
 from fewbit.export.emit import Emitter
 from fewbit.export.qdq import dynamic_codes, dynamic_layer, quantize_activation, quantized_layer
@@ -17,6 +16,7 @@ from fewbit.net import Layer, Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.place.targets import Target
 from fewbit.ranges.calibrate import input_quantizer
+from fewbit.version import __version__
 
 OPSET = 21
 IR_VERSION = 10

@@ -154,7 +154,7 @@ def dynamic_layer(e: Emitter, layer: Layer, codes: ir.Value, scale: ir.Value) ->
         weight = e.constant(f"{name}.weight:q", values, np.int8)
         inputs = [codes, weight, zero_point]
         acc = e.add("ConvInteger", f"{name}:acc", inputs, **conv_attributes(module))
-        shape = (-1, 1, 1) if weight_scale.ndim else ()
+        shape: tuple[int, ...] = (-1, 1, 1) if weight_scale.ndim else ()
     else:
         weight = e.constant(f"{name}.weight:q", values.T, np.int8)
         acc = e.add("MatMulInteger", f"{name}:acc", [codes, weight, zero_point])

@@ -173,12 +173,12 @@ def _trains_alike(root: Root, evaluating: Tracer, images: Tensor) -> bool:
         return False
     if len(_outputs(tracer)) != 1:
         return False
-    return all(copy.get_submodule(n.target).training for n in _calls(tracer) if n.op == "call_module")
+    return all(copy.get_submodule(str(n.target)).training for n in _calls(tracer) if n.op == "call_module")
 
 
 def _outputs(tracer: Tracer) -> list[fx.Node]:
-    node = next(node for node in tracer.graph.nodes if node.op == "output")
-    return node.all_input_nodes
+    outputs: list[fx.Node] = next(n for n in tracer.graph.nodes if n.op == "output").all_input_nodes
+    return outputs
 
 
 def _check_same(net: Net, images: Tensor, logits: Tensor) -> None:
@@ -243,9 +243,11 @@ class _Rebuild:
         for part in str(node.target).split("."):
             value = getattr(value, part)
         parameter = self.parameters.get(value.data_ptr())
-        if parameter is value or parameter is None or parameter.numel() != value.numel():
-            return value
-        return nn.Parameter(value)  # a view of a parameter, in the same memory
+        viewed = parameter is not None and parameter.numel() == value.numel()
+        if viewed and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value)  # in the same memory
+        constant: Tensor = value
+        return constant
 
     def _convert(self, node: fx.Node) -> Any:
         module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None

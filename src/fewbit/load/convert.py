@@ -140,9 +140,14 @@ def _binary(module: type[nn.Module], fold: Callable[[Any, bool], Any], *targets:
     FRESH.update(targets)
 
 
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that shapes broadcast to."""
+    return tuple(torch.broadcast_shapes(*map(tuple, shapes)))  # type: ignore[no-untyped-call]
+
+
 def _check_broadcast(b: Builder, *values: Any) -> None:
     shapes = [b.shape(v) if isinstance(v, fx.Node) else getattr(v, "shape", ()) for v in values]
-    if tuple(torch.broadcast_shapes(*shapes)) != b.result.dims:
+    if broadcast(*shapes) != b.result.dims:
         raise b.refuse("expanding a tensor before arithmetic with another")
 
 

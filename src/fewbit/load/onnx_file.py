@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import external_data_helper, numpy_helper
+from onnx import external_data_helper, inliner, numpy_helper
 
 from fewbit.errors import ModelFileError
 
@@ -38,7 +38,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     _check_opset(model, path)
     _load_external(model, path)
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = inliner.inline_local_functions(model)
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as reason:

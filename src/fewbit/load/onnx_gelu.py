@@ -76,7 +76,7 @@ def _only(readers: dict[str, list[onnx.NodeProto]], name: str, op_type: str) -> 
 
 def _other(node: onnx.NodeProto, constant: Constants, value: float) -> str | None:
     """Return the input beside a constant of this value."""
-    first, second = node.input
+    first, second = str(node.input[0]), str(node.input[1])
     if _is(constant(second), value):
         return first
     return second if _is(constant(first), value) else None

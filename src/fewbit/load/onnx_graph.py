@@ -220,7 +220,7 @@ class Graph:
                 readers.setdefault(name, set()).add(node.op_type)
         for at, node in enumerate(nodes):
             self._convert(root, node, frozenset(readers.get(node.output[0], ())))
-            for name in {*node.input}:
+            for name in {*node.input} - {proto.output[0].name}:
                 if last_read[name] == at:
                     self._forget(name)
         output = self._logits(root, proto)
@@ -335,7 +335,7 @@ class Graph:
     def _differs(inputs: list[Any]) -> bool:
         return any(value is not None and any(r is not value.runs[0] for r in value.runs) for value in inputs)
 
-    def _shape(self, node: onnx.NodeProto, x: fx.Node) -> Constant:
+    def _shape(self, node: onnx.NodeProto, x: Any) -> Constant:
         shapes = [np.array(value.shape, np.int64) for value in self.runs[x]]
         if node.op_type == "Size":
             return Constant(tuple(np.array(shape.prod(), np.int64) for shape in shapes))

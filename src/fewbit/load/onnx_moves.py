@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fewbit import ops
 from fewbit.load.builder import FUNCTIONS
-from fewbit.load.onnx_graph import Constant, Op, OnnxBuilder, operator
+from fewbit.load.onnx_graph import Constant, OnnxBuilder, Op, operator
 from fewbit.load.shapes import cut, join, permute, pick, reshape
 
 _FLOAT = 1
@@ -86,8 +86,9 @@ def _transpose(b: OnnxBuilder, op: Op, x: fx.Node) -> fx.Node:
     if isinstance(before, ops.Permute):  # two in a row are one, or none
         source = x.args[0]
         assert isinstance(source, fx.Node)
-        if source in b.runs:
-            return permute(b, source, [before.dims[axis] for axis in order])
+        back = [before.dims.index(axis) for axis in range(len(order))]
+        b.runs.setdefault(source, tuple(value.permute(back) for value in b.runs[x]))
+        return permute(b, source, [before.dims[axis] for axis in order])
     return permute(b, x, order)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from fewbit import ops
 from fewbit.load.builder import FUNCTIONS
-from fewbit.load.convert import avg_pool
-from fewbit.load.onnx_graph import OPERATORS, Constant, Op, OnnxBuilder, operator
+from fewbit.load.convert import avg_pool, broadcast
+from fewbit.load.onnx_graph import OPERATORS, Constant, OnnxBuilder, Op, operator
 from fewbit.load.shapes import mean
 
 
@@ -111,7 +111,7 @@ def _binary(b: OnnxBuilder, op: Op, x: Any, y: Any) -> fx.Node:
         else [tuple(v.shape)] * len(b.graph.batches)
         for v in sides
     ]
-    b.result = b.size_of([torch.broadcast_shapes(a, c) for a, c in zip(*shapes, strict=True)])
+    b.result = b.size_of([broadcast(a, c) for a, c in zip(*shapes, strict=True)])
     plain = [
         float(v) if isinstance(v, Tensor) and v.numel() == 1 and v.dim() <= b.result.rank else v
         for v in sides

@@ -90,27 +90,28 @@ def _runs(indices: list[int]) -> list[Range]:
 def join(b: Builder, tensors: Sequence[Any], axis: int) -> fx.Node:
     """Concatenate; constants of one value at either end become padding."""
     inner = [i for i, t in enumerate(tensors) if isinstance(t, fx.Node)]
-    nodes = [tensors[i] for i in inner]
+    nodes: list[fx.Node] = [tensors[i] for i in inner]
     before, after = tensors[: inner[0]], tensors[inner[-1] + 1 :]
     if inner != list(range(inner[0], inner[-1] + 1)):
         raise b.refuse("a constant between the tensors of a concatenation")
     ends = [end for end in (*before, *after) if end.shape[axis]]
     values = {float(value) for end in ends for value in (end.min(), end.max())}
-    if len(values) > 1 or b.result.batch == axis:
+    if len(values) > 1 or b.size(nodes[0]).batch == axis:
         raise b.refuse("concatenating a constant, or along the batch")
     joined = nodes[0]
+    size = b.size(nodes[0])
     if len(nodes) > 1:
-        dims = list(b.result.dims)
+        dims = list(size.dims)
         dims[axis] = sum(b.shape(node)[axis] for node in nodes)
         joined = b.add(
             ops.Concat(axis),
             *nodes,
             suffix="" if not ends else "join",
-            size=Size(tuple(dims), b.result.batch),
+            size=Size(tuple(dims), size.batch),
         )
     if not ends:
         return joined
-    pads = [(0, 0)] * b.result.rank
+    pads = [(0, 0)] * size.rank
     pads[axis] = (sum(t.shape[axis] for t in before), sum(t.shape[axis] for t in after))
     return b.add(ops.Pad(pads, values.pop()), joined)
 

@@ -1,4 +1,4 @@
-"""The Tracer: runs a model on images and notes each call down to the modules of `torch.nn` and the leaf table."""
+"""The Tracer: runs a model on images and notes each call that becomes a layer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 from fewbit.errors import NetworkError
 from fewbit.load.leaves import is_leaf
 
-_FACTS = frozenset(
-    "shape size dim ndim ndimension numel nelement dtype device layout is_cuda is_sparse is_quantized "
-    "is_floating_point is_complex is_contiguous stride element_size requires_grad get_device".split()
-)
+_FACTS = {
+    *("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "dtype", "device", "layout"),
+    *("is_cuda", "is_sparse", "is_quantized", "is_floating_point", "is_complex", "is_contiguous"),
+    *("stride", "element_size", "requires_grad", "get_device"),
+}
 _FACT_FUNCTIONS = {torch.numel, torch.is_floating_point, torch.is_complex}
 _NEW_TENSORS = {
     *(torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like),
@@ -27,6 +28,10 @@ class Sized(fx.Proxy):
     """Stands for a tensor while tracing: its shape and type are known, its values must not be asked for."""
 
     value: Any
+
+    def __getitem__(self, index: Any) -> Any:
+        """Note the indexing."""
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
 
     def __getattr__(self, k: str) -> Any:
         """Return a fact of the tensor as it is, anything else as a call to be traced."""

@@ -23,8 +23,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a weights file.
 
     Args:
-        path: `.safetensors`, or a state dict that `torch.save` wrote (`.pt`, `.pth`, `.bin`, `.ckpt`, `.tar`),
-            which may lie under the key "state_dict", "model_state_dict", "model" or "net".
+        path: `.safetensors`, or a state dict that `torch.save` wrote (`.pt`, `.pth`, `.bin`, `.ckpt`,
+            `.tar`), which may lie under the key "state_dict", "model_state_dict", "model" or "net".
 
     Returns:
         Name -> tensor; floating-point ones as float32, a common prefix "module." taken off.
@@ -44,7 +44,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     state = _unwrap(state)
     if not isinstance(state, Mapping) or not state:
         raise NetworkError(
-            f"{path}: holds {_what(state)}, not a state dict; save model.state_dict() with safetensors or torch.save"
+            f"{path}: holds {_what(state)}, not a state dict; save model.state_dict() with safetensors"
         )
     for key, value in state.items():
         if not isinstance(value, Tensor):
@@ -74,8 +74,8 @@ def _read_state_dict(path: Path) -> Any:
         text = str(reason)
         if "weights_only" in text or "Unsupported" in text or "GLOBAL" in text:
             raise NetworkError(
-                f"{path}: is a pickle that is not a plain state dict ({_refused(text)}); nothing in it was executed: "
-                "save model.state_dict() with safetensors or torch.save"
+                f"{path}: is a pickle that is not a plain state dict ({_refused(text)}); nothing in it "
+                "was executed: save model.state_dict() with safetensors"
             ) from reason
         raise NetworkError(
             f"{path}: is cut short or damaged ({(text.strip() or type(reason).__name__).splitlines()[0]}); "
@@ -124,7 +124,8 @@ def _short(key: str, state: Mapping[Any, Any]) -> str:
 def _as_float(path: Path, key: str, value: Tensor) -> Tensor:
     if value.is_quantized or value.dtype in (torch.int8, torch.uint8):
         raise NetworkError(
-            f"{path}: tensor '{key}' is stored as {value.dtype}: it is already quantized; give the float weights"
+            f"{path}: tensor '{key}' is stored as {value.dtype}: it is already quantized; "
+            "give the float weights"
         )
     if value.dtype in _FLOATS:
         return value.float()

@@ -111,7 +111,7 @@ class Quantizer(nn.Module):
         if not self.enabled:
             return x
         scale, zero_point = self.grid(x.dim())
-        rounded: Tensor = _StraightThrough.apply(x, scale, zero_point, self.qmin, self.qmax)
+        rounded: Tensor = _StraightThrough.apply(x, scale, zero_point, self.qmin, self.qmax)  # type: ignore[no-untyped-call]
         return rounded
 
     def range(self) -> tuple[float, float]:
@@ -152,7 +152,7 @@ class DynamicQuantizer(nn.Module):
         """Return x with each sample rounded to its own grid."""
         if not self.enabled:
             return x
-        rounded: Tensor = _StraightThrough.apply(
+        rounded: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
             x, self.scales(x), torch.zeros((), device=x.device), -self.qmax, self.qmax
         )
         return rounded

@@ -163,7 +163,10 @@ def _speed_fact(study: StudyRecord) -> Fact:
     if timing.ratio is None:
         return Fact("Speed", f"{timing.images_per_s:,.0f}", ("images/s", against))
     ends = f"{words.between(timing.ratio_interval)} at 95 %" if timing.ratio_interval else ""
-    return Fact("Speed", f"{timing.ratio:.2f}x", (ends, rate, against))
+    lines = [ends, rate, against]
+    if answer.overall is not None and answer.overall.ratio is not None:
+        lines.append(f"{answer.overall.ratio:.2f}x against {answer.overall.against}")
+    return Fact("Speed", f"{timing.ratio:.2f}x", tuple(lines))
 
 
 def _accuracy_fact(study: StudyRecord) -> Fact:

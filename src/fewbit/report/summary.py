@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fewbit.measure.accuracy import Accuracy, Comparison
+from fewbit.measure.speed import Timing
 from fewbit.report import words
 from fewbit.search.budget import Budget, parse_budget
 from fewbit.search.trial import Answer, BudgetCheck, StudyRecord, Trial
@@ -64,7 +65,7 @@ def verdict(study: StudyRecord) -> tuple[Verdict, str]:
 def advice(answer: Answer) -> str:
     """Say what would meet the budgets that the nearest network misses."""
     if answer.advice:
-        return answer.advice[0].upper() + answer.advice[1:].rstrip(".") + "."
+        return f"Against the budget: {answer.advice.rstrip('.')}."
     missed = [check for check in (answer.confirmation.checks or answer.checks) if not check.met]
     limits = [f"a {words.measure(check.budget)} limit of {words.measured(check)[0]}" for check in missed]
     return f"It would be inside {_and(limits)}." if limits else "It misses a budget on the search images."
@@ -175,21 +176,26 @@ def result_json(study: StudyRecord) -> dict[str, Any]:
     """Return the content of `result.json`; accuracies and drops are fractions.
 
     `digest` is the first 12 hexadecimal digits of the SHA-256 of the recipe's TOML text; `accuracy` and
-    `versus_float` are of the search images, `holdout` of those that the search never saw.
-
-    Raises:
-        KeyError: The study has no answer.
+    `versus_float` are of the search images, `holdout` of those that the search never saw. Without an
+    answer only what is known of the study is there, with `found` false.
     """
-    trial = answer_trial(study)
-    answer = study.answer
-    assert answer is not None
-    confirmation, timing = answer.confirmation, answer.timing
-    placement = trial.placement
     return {
-        "found": answer.found,
+        "found": study.answer is not None and study.answer.found,
         "sentence": sentence(study),
-        "budgets": [check.model_dump(mode="json") for check in answer.checks],
         "objective": study.objective,
+        **({} if study.answer is None else _answer_json(study, study.answer)),
+        "host": study.host.model_dump(mode="json"),
+        "data": study.data.model_dump(mode="json"),
+        "seed": study.seed,
+        "versions": dict(study.versions),
+    }
+
+
+def _answer_json(study: StudyRecord, answer: Answer) -> dict[str, Any]:
+    trial = answer_trial(study)
+    confirmation, timing, placement = answer.confirmation, answer.timing, trial.placement
+    return {
+        "budgets": [check.model_dump(mode="json") for check in answer.checks],
         **_who_json(trial),
         "digest": hashlib.sha256(trial.recipe_toml.encode()).hexdigest()[:12],
         "accuracy": _accuracy_json(trial.accuracy),
@@ -208,16 +214,21 @@ def result_json(study: StudyRecord) -> dict[str, Any]:
             "ms_per_batch_p50": timing.ms_per_batch_p50,
             "float_engine": answer.float_setting.engine,
             "float_setting": answer.float_setting.model_dump(mode="json"),
+            "overall": answer.overall and _overall_json(answer.overall),
         },
         "bytes": trial.bytes,
         "float_bytes": float_bytes(study, trial.network),
         "placement": placement
         and {"integer_operators": placement.integer_operators, "float_operators": placement.float_operators},
-        "advice": answer.advice if not answer.found else "",
-        "host": study.host.model_dump(mode="json"),
-        "data": study.data.model_dump(mode="json"),
-        "seed": study.seed,
-        "versions": dict(study.versions),
+        "advice": answer.advice,
+    }
+
+
+def _overall_json(overall: Timing) -> dict[str, Any]:
+    return {
+        "against": overall.against,
+        "ratio": overall.ratio,
+        "interval95": _ends(overall.ratio_interval),
     }
 
 
@@ -256,18 +267,24 @@ def _gain(study: StudyRecord, answer: Answer) -> list[Part]:
     if study.objective == "latency":
         parts += [Part(words.milliseconds(timing.ms_per_batch_p50), "figure"), Part(" a batch, ")]
     role: Role = "strong" if parts else "figure"
-    if timing.ratio is None or timing.ratio_interval is None:
-        return [
-            *parts,
-            Part(f"{timing.images_per_s:,.0f} images/s", role),
-            Part(f" {words.between(timing.interval, 0)}", "interval"),
-        ]
-    return [
-        *parts,
-        Part(f"{timing.ratio:.2f}x", role),
-        Part(f" {words.between(timing.ratio_interval)}", "interval"),
-        Part(" the speed of the fastest float32"),
-    ]
+    overall, several = answer.overall, len({trial.network for trial in study.trials}) > 1
+    if overall is not None and overall.ratio is not None:
+        parts += [*_ratio(overall, role), Part(" the speed of the fastest float32 inside the budget, ")]
+        return [*parts, *_ratio(timing, "strong"), Part(" that of its own float32")]
+    parts += _ratio(timing, role)
+    if timing.ratio is not None:
+        parts.append(Part(f" the speed of {'its own' if several else 'the'} fastest float32"))
+    return parts
+
+
+def _ratio(timing: Timing, role: Role) -> list[Part]:
+    """Say a speed as a ratio, or as images per second where there is none; with its interval."""
+    if timing.ratio is None:
+        interval = Part(f" {words.between(timing.interval, 0)}", "interval")
+        return [Part(f"{timing.images_per_s:,.0f} images/s", role), interval]
+    ends = timing.ratio_interval
+    interval = Part(f" {words.between(ends)}" if ends else "", "interval")
+    return [Part(f"{timing.ratio:.2f}x", role), interval]
 
 
 def _cost(study: StudyRecord, answer: Answer) -> list[Part]:

@@ -154,12 +154,12 @@ def budget_rows(study: StudyRecord) -> tuple[BudgetRow, ...]:
     rows: list[BudgetRow] = []
     for text in study.budgets:
         budget = parse_budget(text)
-        sources = (
+        sources = [
             (confirmation.checks, f"{confirmation.accuracy.total:,} holdout images"),
             (answer.checks, f"{search:,} search images"),
-        )
+        ]
         if not budget.of_accuracy:
-            sources = ((confirmation.checks, "the file" if budget.measure == "bytes" else "this host"),)
+            sources = [(confirmation.checks, "the file" if budget.measure == "bytes" else "this host")]
         pairs = [(check, on) for checks, on in sources for check in checks if check.budget == text]
         edges = marks.whisker_range([check for check, _ in pairs]) if pairs else (0.0, 1.0)
         for check, on in pairs:

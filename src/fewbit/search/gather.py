@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fewbit import __version__
 from fewbit.data.image_set import ImageSet
 from fewbit.data.images import ImageSource, open_images
 from fewbit.data.sample import choose_balanced, split
 from fewbit.load.capture import load
-from fewbit.load.card import Card
+from fewbit.load.card import Card, ExpectedSection
+from fewbit.measure.accuracy import Accuracy
 from fewbit.measure.host import Host
 from fewbit.search.journal import Part
 from fewbit.search.options import StudyOptions
 from fewbit.search.trial import DataRecord, Skipped
 from fewbit.search.workbench import Images, Workbench
+from fewbit.version import __version__
 
 _NAMED = 5
 _CALIBRATION_SHARE = 6
@@ -84,6 +85,19 @@ def expected_parts(options: StudyOptions, bench: Workbench) -> tuple[Part, ...]:
         return ()
     same = options.data.samefile(card.expected_data_path)
     return parts if same and card.expected.images == sum(len(images.part(part)) for part in parts) else ()
+
+
+def expected_note(name: str, engine: str, accuracy: Accuracy, expected: ExpectedSection) -> str:
+    """Say how float32 compares with what its card expects, and what to do where it does not match."""
+    came = (accuracy.top1_correct, accuracy.top5_correct)
+    wanted = (expected.top1_correct, expected.top5_correct)
+    said = f"{name}: float32 on {engine} is right on {came[0]} (top-5: {came[1]}) of {accuracy.total} images"
+    if came == wanted:
+        return f"{said}, as its card expects"
+    most = max(1, accuracy.total // 1000)
+    near = all(abs(a - b) <= most for a, b in zip(came, wanted, strict=True))
+    why = "within rounding" if near else "check scale, mean, std, channels, resize and crop of the card"
+    return f"{said}, its card expects {wanted[0]} (top-5: {wanted[1]}): {why}"
 
 
 def _open(options: StudyOptions, card: Card, path: Path) -> ImageSet:

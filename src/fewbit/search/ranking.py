@@ -25,8 +25,8 @@ def images_for_ranking(input_size: tuple[int, int, int]) -> int:
 def rank_layers(net: Net, quantized: Net, batches: Sequence[Tensor]) -> tuple[str, ...]:
     """Order the convolutions and matrix products by what leaving each alone in float would mend.
 
-    The score of a layer is how much the divergence ``sum over images KL(softmax(float) || softmax(quantized))``
-    falls when its weight, and its input where nothing else reads it, are not rounded: measured in the full
+    The score of a layer is how much ``sum over images KL(softmax(float) || softmax(quantized))`` falls
+    when its weight, and its input where nothing else reads it, are not rounded: measured in the full
     graph, every other layer rounded.
 
     Args:

@@ -122,7 +122,7 @@ class Standing:
         return {network: statistics.median(rates) for network, rates in seen.items()}
 
     def too_slow(self, network: str, timing: Timing) -> Trial | None:
-        """Return a proven trial that is far faster than this, beyond both intervals; none where there is none."""
+        """Return a proven trial that is far faster, beyond both intervals; none where there is none."""
         best, interval = next((t for t in self.ranked() if self.proven(t)), None), timing.ratio_interval
         if self.terms.objective == "size" or best is None or interval is None:
             return None

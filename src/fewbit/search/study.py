@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from fewbit.files import write_text
 from fewbit.measure.accuracy import Predictions
 from fewbit.measure.host import Host, describe_host, versions
 from fewbit.search.finish import Finish
-from fewbit.search.gather import expected_parts, gather, identity
+from fewbit.search.gather import expected_note, expected_parts, gather, identity
 from fewbit.search.journal import Journal, Part, read_study
 from fewbit.search.ladder import Ladder, Proposal
 from fewbit.search.options import StudyOptions
@@ -89,7 +90,7 @@ class _Search:
         self.earlier_s = float(journal.decision("seconds") or 0.0)
         self.notes = _first_notes(known)
         self.history: list[Trial] = []
-        self.rung = ""
+        self.rung, self.told = "", 0.0
 
     def run(self) -> StudyRecord:
         """Climb the ladder, then find the answer among what was measured."""
@@ -166,7 +167,8 @@ class _Search:
             count = self.journal.forget_dropped()
             self.journal.forget("answer")
             self._note(
-                f"the budgets are others than before: what was measured stands, {count} dropped trials may come again"
+                "the budgets are others than before: what was measured stands, "
+                f"{count} dropped trials may come again"
             )
         self.journal.decide("terms", now)
 
@@ -189,25 +191,7 @@ class _Search:
             if expected is None or trial is None or not parts or len(found) != len(parts):
                 continue
             accuracy = Predictions.concat(found).accuracy()
-            came, wanted = (
-                (accuracy.top1_correct, accuracy.top5_correct),
-                (expected.top1_correct, expected.top5_correct),
-            )
-            if came == wanted:
-                self._note(
-                    f"{bench.name}: float32 is right on {came[0]} and {came[1]} (top-5) of {accuracy.total} images, as its card expects"
-                )
-                continue
-            near = all(
-                abs(a - b) <= max(1, accuracy.total // 1000) for a, b in zip(came, wanted, strict=True)
-            )
-            why = (
-                "within rounding" if near else "check scale, mean, std, channels, resize and crop of the card"
-            )
-            self._note(
-                f"{bench.name}: float32 on {trial.setting.engine} is right on {came[0]} and {came[1]} (top-5) of "
-                f"{accuracy.total} images, its card expects {wanted[0]} and {wanted[1]}: {why}"
-            )
+            self._note(expected_note(bench.name, trial.setting.engine, accuracy, expected))
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -224,12 +208,12 @@ class _Search:
         return None if minutes is None else 60 * minutes - (time.perf_counter() - self.begin)
 
     def _trial_s(self) -> float:
-        """What a trial takes, by the last ones."""
+        """What a trial takes, by the last ones; the first of all measures far more than the others."""
         took = [trial.seconds for trial in self.history[-4:]]
-        return sum(took) / len(took) if took else _FIRST_TRIAL_S
+        return statistics.median(took) / (2 if len(took) == 1 else 1) if took else _FIRST_TRIAL_S
 
     def _may_go_on(self) -> bool:
-        """Say whether time and trials are left for another; the first network to run always gets its trial."""
+        """Say whether time and trials are left for another; the first that runs always gets its time."""
         if not any(trial.state == "measured" for trial in self.history):
             return True
         left, most = self._left_s(), self.known.options.trials
@@ -258,9 +242,9 @@ class _Search:
         limit = self._left_s()
         if limit is not None:
             left = min(left, max(limit, 0.0))
-        share = elapsed / (elapsed + left) if fraction is None else fraction
         left = 0.0 if fraction == 1.0 else left
-        self.watch(Event(kind, text, share, left, inside, self.rung, trial))
+        self.told = max(self.told, elapsed / (elapsed + left) if fraction is None else fraction)
+        self.watch(Event(kind, text, self.told, left, inside, self.rung, trial))
 
     def _record(self, answer: Answer | None) -> StudyRecord:
         options = self.known.options
@@ -301,7 +285,7 @@ def _first_notes(known: _Known) -> list[str]:
         )
     if len(known.benches) > 1 and any(budget.of_drop for budget in known.terms.budgets):
         notes.append(
-            "a drop is counted from each network's own float32: a weak network may lose little and still be worse"
+            "a drop is counted from each network's own float32: a weak network may lose little and be worse"
         )
     if known.host.saturates_u8s8:
         notes.append(

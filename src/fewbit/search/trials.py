@@ -156,7 +156,7 @@ class Trials:
         found: _Findings,
         inside: Inside,
     ) -> None:
-        """Fill the findings in, the cheap and telling first; whatever was found stays when an engine fails."""
+        """Fill the findings in, the cheap and telling first; what was found stays when an engine fails."""
         built = self._build(bench, recipe, proposal.engine, inside)
         found.bytes = built.bytes
         found.placement = self.sessions.get(built.path, found.setting).placement()
@@ -235,8 +235,8 @@ class Trials:
         if faster is None or faster.timing is None:
             return ""
         return (
-            f"{found.timing.ratio:.2f}x its float32; {describe(faster)} is faster ({faster.timing.ratio:.2f}x) "
-            "and proven"
+            f"{found.timing.ratio:.2f}x its float32; {describe(faster)} is far faster "
+            f"({faster.timing.ratio:.2f}x) and proven"
         )
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbit import __version__
 from fewbit.data.image_set import ImageSet
 from fewbit.engines.session import EngineName
 from fewbit.export.onnx_out import export_onnx
@@ -25,6 +24,7 @@ from fewbit.search.ranking import images_for_ranking, rank_layers
 from fewbit.search.trial import LayerRecord
 from fewbit.sensitivity.sqnr import layer_records
 from fewbit.step import Context
+from fewbit.version import __version__
 
 _CALIBRATION_BATCH = 32
 _RECORD_IMAGES = 32

@@ -86,7 +86,20 @@ def test_sentence_prefers_the_advice_of_the_search() -> None:
     nearest = study(budgets=("top1-drop<=0.1%",))
     answer = nearest.answer.model_copy(update={"advice": "leaving conv1 in float would do"})
     text = sentence(nearest.model_copy(update={"answer": answer}))
-    assert text.endswith(". Leaving conv1 in float would do.")
+    assert text.endswith(" holdout images. Against the budget: leaving conv1 in float would do.")
+
+
+def test_sentence_of_several_networks_tells_own_float32_from_the_fastest() -> None:
+    record = study(("resnet20", "resnet56"))
+    assert "2.41x [2.33, 2.48] the speed of its own fastest float32, top-1 drop" in sentence(record)
+    best = answer_trial(record)
+    overall = made["timing"](best.setting, 5157.0, 1.31)
+    record = record.model_copy(update={"answer": record.answer.model_copy(update={"overall": overall})})
+    assert (
+        ": 1.31x [1.27, 1.35] the speed of the fastest float32 inside the budget, "
+        "2.41x [2.33, 2.48] that of its own float32, top-1 drop"
+    ) in sentence(record)
+    assert result_json(record)["speed"]["overall"]["ratio"] == 1.31
 
 
 def test_sentence_without_any_trial_says_so() -> None:
@@ -173,9 +186,17 @@ def test_result_json_has_the_documented_keys_and_figures() -> None:
     assert got["placement"] == {"integer_operators": 11, "float_operators": 1}
 
 
-def test_result_json_without_an_answer_is_an_error() -> None:
-    with pytest.raises(KeyError, match="of none of the 0 trials"):
-        result_json(study(trials=(), answer=None))
+def test_result_json_without_an_answer_says_so_and_keeps_the_rest() -> None:
+    got = json.loads(json.dumps(result_json(study(trials=(), answer=None))))
+    assert got["found"] is False
+    assert "ended before its first trial" in got["sentence"]
+    assert got["seed"] == 7
+    assert "network" not in got
+
+
+def test_an_answer_of_no_trial_is_an_error() -> None:
+    with pytest.raises(KeyError, match="resnet20-int8-percentile-openvino' is of none of the 0 trials"):
+        answer_trial(study(trials=()))
 
 
 def test_pareto_json_is_sorted_and_unbeaten() -> None:

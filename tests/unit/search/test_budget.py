@@ -65,8 +65,7 @@ def test_parses(text: str, measure: str, sign: str, limit: float) -> None:
     [
         (
             "fast",
-            """budget 'fast': is not a measure, a sign and a number; """
-            """give one like "top5-error<=17%" or "top1-drop<=1%\"""",
+            "budget 'fast': is not a measure, a sign and a number; give one like \"top5-error<=17%\" or ",
         ),
         ("", "budget '': is not a measure"),
         ("top5-error<=", "is not a measure, a sign and a number"),

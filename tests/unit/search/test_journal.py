@@ -198,7 +198,8 @@ from fewbit.search.trial import Trial
 right = np.ones(2000, bool)
 with Journal(Path(sys.argv[1]), {"seed": "0"}) as journal:
     for i in range(100000):
-        trial = Trial(key=str(i), network="n", recipe="r", recipe_toml="", rung="x", setting=Setting(), state="failed")
+        names = dict(network="n", recipe="r", recipe_toml="", rung="x")
+        trial = Trial(key=str(i), setting=Setting(), state="failed", **names)
         journal.add(trial, {"search": Predictions(top1_right=right, top5_right=right, label=np.arange(2000))})
         print(i, flush=True)
 """
@@ -218,7 +219,7 @@ with Journal(Path(sys.argv[1]), {"seed": "0"}) as journal:
 
 def test_a_folder_without_a_study_says_so(tmp_path: Path) -> None:
     with pytest.raises(
-        JournalError, match="has no study.db; give the folder that 'fewbit search --out' wrote"
+        JournalError, match=r"has no study\.db; give the folder that 'fewbit search --out' wrote"
     ):
         read_study(tmp_path)
     Journal(tmp_path, IDENTITY).close()
