@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fewbit.errors import FewbitError as FewbitError
     from fewbit.export.onnx_out import export_onnx as export_onnx
     from fewbit.load.capture import capture as capture
-    from fewbit.load.capture import load as load_network
+    from fewbit.load.capture import load as load_network  # noqa: F401
     from fewbit.load.card import Card as Card
     from fewbit.load.card import read_card as read_card
     from fewbit.measure.accuracy import Predictions as Predictions

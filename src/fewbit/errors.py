@@ -85,3 +85,15 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def first_line(reason: BaseException) -> str:
+    """Return the first line of another library's message without its full stop, or the name of its class.
+
+    >>> first_line(ValueError("too long.\\nSee the manual."))
+    'too long'
+    >>> first_line(EOFError())
+    'EOFError'
+    """
+    lines = str(reason).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(reason).__name__

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from fewbit.errors import InputError, RecipeError, suggest
 
 Granularity = Literal["tensor", "channel"]
 Mode = Literal["static", "dynamic", "weights_only"]
+
+_LONGEST = 80
 
 
 class Frozen(BaseModel):
@@ -23,12 +27,12 @@ class Frozen(BaseModel):
 
     def digest(self) -> str:
         """Return 12 hexadecimal digits that name the content."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        text = json.dumps(_plain(self.model_dump()), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_toml(self) -> str:
         """Return the content as TOML; keys whose value is None are left out."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        return tomli_w.dumps(_plain(self.model_dump(exclude_none=True)))
 
     @classmethod
     def from_toml(cls, text: str, name: str = "text", error: type[InputError] = RecipeError) -> Self:
@@ -51,10 +55,21 @@ class Frozen(BaseModel):
     @classmethod
     def from_data(cls, data: object, name: str = "data", error: type[InputError] = RecipeError) -> Self:
         """Check plain data and build from it; raises like `from_toml`."""
+        if not isinstance(data, Mapping | cls):
+            raise error(f"{name}: is no table of keys but a {type(data).__name__}; give keys and values")
         try:
             return cls.model_validate(data)
         except ValidationError as reason:
             raise error(f"{name}: {explain(reason, cls)}") from reason
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON and TOML can hold; a set, which has no order of its own, as a sorted list."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return sorted(value) if isinstance(value, set | frozenset) else to_jsonable_python(value)
 
 
 def explain(reason: ValidationError, model: type[BaseModel]) -> str:
@@ -72,6 +87,8 @@ def explain(reason: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"key '{place}' is missing; add it"
     came = "not given" if first["input"] is None else repr(first["input"])
+    if len(came) > _LONGEST:
+        came = f"{came[:_LONGEST]}..."
     return f"key '{place}' is {came}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
@@ -92,13 +109,14 @@ class QuantSpec(Frozen):
     Attributes:
         bits: Width of a code, 2 to 8 for the uniform grid.
         symmetric: Zero point fixed: 0 for signed codes; 0 for unsigned codes too.
-        signed: Signed codes; weights always are. For activations of a symmetric spec, a tensor that is
-            never negative takes unsigned codes all the same (after ReLU), which doubles its resolution.
+        signed: Signed codes. In a Scheme weights always are, and so are symmetric activations: a tensor
+            that is never negative (after ReLU) takes unsigned codes all the same, which doubles its
+            resolution.
         granularity: One scale a tensor, or one an output channel (weights only).
         grid: Name of the set of values, see `fewbit.grids`.
     """
 
-    bits: int = Field(8, ge=1, le=8)
+    bits: int = Field(8, ge=2, le=8)
     symmetric: bool = False
     signed: bool = False
     granularity: Granularity = "tensor"
@@ -118,6 +136,20 @@ class QuantSpec(Frozen):
         return (-top if self.symmetric else -top - 1), top
 
 
+def _of_weights(spec: QuantSpec) -> QuantSpec:
+    """Return the spec with signed codes, which weights always have."""
+    return spec if spec.signed else spec.model_copy(update={"signed": True})
+
+
+def _of_activations(spec: QuantSpec) -> QuantSpec:
+    """Return the spec with signed codes where it is symmetric: the zero point 0 would cut all below 0 off."""
+    if spec.granularity == "channel":
+        raise PydanticCustomError(
+            "granularity", 'activations have one scale a tensor; give granularity = "tensor"'
+        )
+    return spec.model_copy(update={"signed": True}) if spec.symmetric and not spec.signed else spec
+
+
 class Rule(Frozen):
     """An exception to a Scheme for the layers that it matches.
 
@@ -133,6 +165,16 @@ class Rule(Frozen):
     keep_float: bool = False
     weights: QuantSpec | None = None
     activations: QuantSpec | None = None
+
+    @field_validator("weights")
+    @classmethod
+    def _check_weights(cls, spec: QuantSpec | None) -> QuantSpec | None:
+        return None if spec is None else _of_weights(spec)
+
+    @field_validator("activations")
+    @classmethod
+    def _check_activations(cls, spec: QuantSpec | None) -> QuantSpec | None:
+        return None if spec is None else _of_activations(spec)
 
 
 class Scheme(Frozen):
@@ -150,3 +192,13 @@ class Scheme(Frozen):
     weights: QuantSpec = QuantSpec(bits=8, symmetric=True, signed=True, granularity="channel")
     activations: QuantSpec = QuantSpec(bits=8)
     rules: tuple[Rule, ...] = ()
+
+    @field_validator("weights")
+    @classmethod
+    def _check_weights(cls, spec: QuantSpec) -> QuantSpec:
+        return _of_weights(spec)
+
+    @field_validator("activations")
+    @classmethod
+    def _check_activations(cls, spec: QuantSpec) -> QuantSpec:
+        return _of_activations(spec)

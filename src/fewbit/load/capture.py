@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fewbit.errors import NetworkError
+from fewbit.errors import NetworkError, first_line
 from fewbit.load import convert, shapes  # noqa: F401  (their rows enter the table)
 from fewbit.load.builder import (
     BROADCASTS,
@@ -98,7 +98,8 @@ def _run_model(root: Root, images: Tensor, name: str, classes: int | None) -> Te
         logits = root(images)
     except Exception as reason:
         raise NetworkError(
-            f"{name}: refuses images of size {size} ({_line(reason)}); set [input] size to what the model takes"
+            f"{name}: refuses images of size {size} ({first_line(reason)}); "
+            "set [input] size to what the model takes"
         ) from reason
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -122,7 +123,8 @@ def _trace(root: Root, images: Tensor, name: str) -> Tracer:
         tracer.graph = tracer.trace(root)
     except Exception as reason:
         raise NetworkError(
-            f"{name}: cannot be captured ({_line(reason)}); its forward must not depend on the values of a tensor"
+            f"{name}: cannot be captured ({first_line(reason)}); "
+            "its forward must not depend on the values of a tensor"
         ) from reason
     return tracer
 
@@ -186,7 +188,7 @@ def _check_same(net: Net, images: Tensor, logits: Tensor) -> None:
         gap = float((net(images) - logits).abs().max() / logits.abs().max().clamp(min=1e-6))
     except RuntimeError as reason:
         raise NetworkError(
-            f"{net.name}: the captured network fails ({_line(reason)}); "
+            f"{net.name}: the captured network fails ({first_line(reason)}); "
             "the model's forward changes a tensor in place that it reads again: rewrite that part"
         ) from reason
     if not gap <= _GAP:
@@ -274,11 +276,11 @@ class _Rebuild:
         except NetworkError as reason:
             raise NetworkError(f"{self.name}: {reason}") from reason
         except (TypeError, ValueError, AttributeError, RuntimeError) as reason:
-            error = builder.refuse(f"this form of '{word}' ({_line(reason)})")
+            error = builder.refuse(f"this form of '{word}' ({first_line(reason)})")
             raise NetworkError(f"{self.name}: {error}") from reason
 
     def _owner_of_weight(self, node: fx.Node) -> str:
-        """Return the path of the module whose forward does no more than this convolution or matrix product."""
+        """Return the path of the module whose forward is just this convolution or matrix product."""
         if node.target not in (F.linear, F.conv2d) or not isinstance(node.args[1], fx.Node):
             return ""
         path, _, key = str(node.args[1].target).rpartition(".")
@@ -304,7 +306,7 @@ class _Rebuild:
         return converter
 
     def _note_alias(self, node: fx.Node, before: Any) -> None:
-        """Keep track of which traced values are one tensor, so that a change in place reaches all its readers."""
+        """Note which traced values are one tensor, so that a change in place reaches all readers."""
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or not isinstance(before, fx.Node):
             return
@@ -326,11 +328,6 @@ def _share(module: nn.Module) -> nn.Module:
     """Copy a module but keep its parameters and buffers, which both calls train and read."""
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return deepcopy(module, memo)
-
-
-def _line(reason: BaseException) -> str:
-    text = str(reason).strip().splitlines()
-    return text[0].rstrip(".") if text else type(reason).__name__
 
 
 def _short(path: str) -> str:

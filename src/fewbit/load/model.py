@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewbit.errors import NetworkError, suggest
+from fewbit.errors import NetworkError, first_line, suggest
 from fewbit.load.card import Card, Source
 from fewbit.load.weights import check_finite, put_weights, read_weights
 
@@ -103,8 +103,8 @@ def _package(module: str, source: Source) -> ModuleType:
         missing = str(reason.name)
         if source.kind in ("torchvision", "timm") and missing.partition(".")[0] == source.kind:
             raise NetworkError(
-                f"source '{source.kind}:{source.factory}' needs the package {source.kind}, which is not installed; "
-                f"pip install {source.kind}"
+                f"source '{source.kind}:{source.factory}' needs the package {source.kind}, "
+                f"which is not installed; pip install {source.kind}"
             ) from reason
         raise NetworkError(
             f"source '{module}:{source.factory}': there is no module '{missing}'; "
@@ -151,5 +151,5 @@ def _call(factory: Callable[..., Any], source: Source, arguments: dict[str, Any]
 
 
 def _describe(reason: BaseException) -> str:
-    text = str(reason).strip().splitlines()
-    return f"{type(reason).__name__}: {text[0].rstrip('.')}" if text else type(reason).__name__
+    name, line = type(reason).__name__, first_line(reason)
+    return name if line == name else f"{name}: {line}"

@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import external_data_helper, inliner, numpy_helper
 
-from fewbit.errors import ModelFileError
+from fewbit.errors import ModelFileError, first_line
 
 OLDEST_OPSET = 11
 _DOMAINS = ("", "ai.onnx")
@@ -43,7 +43,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as reason:
         if "exceeds maximum protobuf size" not in str(reason):
-            line = str(reason).strip().splitlines()[0].rstrip(".")
+            line = first_line(reason)
             raise ModelFileError(f"{path}: is damaged or no valid ONNX ({line}); export it again") from reason
     for node in model.graph.node:
         if node.op_type in _QUANTIZED:
@@ -115,8 +115,8 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
         place = folder / location
         if not location or not place.resolve().is_relative_to(folder) or place.resolve() != place.absolute():
             raise ModelFileError(
-                f"{path}: tensor '{tensor.name}' keeps its data in '{location}', outside the file's folder or "
-                "behind a link; put the data beside the .onnx file and export it again"
+                f"{path}: tensor '{tensor.name}' keeps its data in '{location}', outside the file's folder "
+                "or behind a link; put the data beside the .onnx file and export it again"
             )
         if not place.is_file():
             raise ModelFileError(
@@ -132,7 +132,7 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
         try:
             external_data_helper.load_external_data_for_tensor(tensor, str(folder))
         except (onnx.checker.ValidationError, ValueError, OSError) as reason:
-            line = str(reason).strip().splitlines()[0]
+            line = first_line(reason)
             raise ModelFileError(
                 f"{path}: the data of tensor '{tensor.name}' cannot be read ({line})"
             ) from reason

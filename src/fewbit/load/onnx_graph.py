@@ -15,7 +15,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 
-from fewbit.errors import ModelFileError, NetworkError, suggest
+from fewbit.errors import ModelFileError, NetworkError, first_line, suggest
 from fewbit.load.builder import Builder, Size
 from fewbit.load.onnx_file import name_of, to_array
 from fewbit.load.onnx_gelu import join_gelus
@@ -304,10 +304,10 @@ class Graph:
                 f"{self.path}: {reason}; docs/networks.md lists the forms that are"
             ) from reason
         except (RuntimeError, ValueError, IndexError, TypeError) as reason:
-            line = str(reason).strip().splitlines()[0].rstrip(".")
+            line = first_line(reason)
             raise ModelFileError(
-                f"{self.path}: operator {node.op_type}, node '{name_of(node)}': does not fit its input ({line}); "
-                "check the file with onnxruntime, and [input] size"
+                f"{self.path}: operator {node.op_type}, node '{name_of(node)}': does not fit its input "
+                f"({line}); check the file with onnxruntime, and [input] size"
             ) from reason
 
     def _fold(self, node: onnx.NodeProto, inputs: list[Any]) -> list[Constant]:
@@ -315,21 +315,27 @@ class Graph:
         names = [name if name else "" for name in node.input]
         results: list[list[Array]] = []
         try:
-            evaluator = ReferenceEvaluator(node, opsets={"": self.opset})
+            evaluator = ReferenceEvaluator(self._alone(node))
             for run in range(len(self.batches) if self._differs(inputs) else 1):
                 feeds = {
                     n: value.runs[run] for n, value in zip(names, inputs, strict=False) if value is not None
                 }
                 results.append([np.asarray(value) for value in evaluator.run(None, feeds)])
         except Exception as reason:
-            line = str(reason).strip().splitlines()[0].rstrip(".") if str(reason) else type(reason).__name__
+            line = first_line(reason)
             raise ModelFileError(
-                f"{self.path}: operator {node.op_type}, node '{name_of(node)}': cannot be computed ahead ({line}); "
-                "export with constant folding"
+                f"{self.path}: operator {node.op_type}, node '{name_of(node)}': cannot be computed ahead "
+                f"({line}); export with constant folding"
             ) from reason
         if len(results) == 1:
             return [self._repeat(value) for value in results[0]]
         return [Constant(tuple(values)) for values in zip(*results, strict=True)]
+
+    def _alone(self, node: onnx.NodeProto) -> onnx.ModelProto:
+        """Return a model of one node."""
+        ends = [[onnx.ValueInfoProto(name=n) for n in names if n] for names in (node.input, node.output)]
+        domains = [helper.make_opsetid("", self.opset)]
+        return helper.make_model(helper.make_graph([node], "node", *ends), opset_imports=domains)
 
     @staticmethod
     def _differs(inputs: list[Any]) -> bool:

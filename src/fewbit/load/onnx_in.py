@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fewbit import ops
-from fewbit.errors import ModelFileError
+from fewbit.errors import ModelFileError, first_line
 from fewbit.load import onnx_moves, onnx_ops  # noqa: F401  (their rows enter the table)
 from fewbit.load.card import Card
 from fewbit.load.onnx_file import input_dims, inputs_of, opset_of, read_onnx, to_array
@@ -126,7 +126,7 @@ def _channels_last(graph: onnx.GraphProto, size: tuple[int, int, int], path: Pat
 
 
 def merge_affines(graph: fx.GraphModule) -> None:
-    """Merge a factor and a term for each output channel into the convolution or matrix product before them."""
+    """Merge a factor and a term for each output channel into the layer with weights before them."""
     for node in list(graph.graph.nodes):
         affine = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         source = node.args[0] if node.args else None
@@ -195,7 +195,7 @@ def check_against_runtime(
         fed = (images.permute(0, 2, 3, 1) if channels_last else images).contiguous().numpy()
         outputs = [session.run(None, {name: fed[at : at + batch]})[0] for at in range(0, count, batch)]
     except Exception as reason:  # onnxruntime's error classes have no common ancestor of their own
-        line = str(reason).strip().splitlines()[0].rstrip(".")
+        line = first_line(reason)
         raise ModelFileError(f"{path}: ONNX Runtime refuses it ({line}); export it again") from reason
     wanted = np.concatenate(outputs).reshape(count, -1)
     with torch.no_grad():
@@ -203,6 +203,6 @@ def check_against_runtime(
     gap = float(np.abs(got - wanted).max() / max(float(np.abs(wanted).max()), 1e-6))
     if not gap <= _GAP:
         raise ModelFileError(
-            f"{path}: read as a network, its output differs from ONNX Runtime's by {gap:.1e} of the largest logit; "
-            "report the file to fewbit's issue tracker"
+            f"{path}: read as a network, its output differs from ONNX Runtime's by {gap:.1e} of the "
+            "largest logit; report the file to fewbit's issue tracker"
         )

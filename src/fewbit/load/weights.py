@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewbit.errors import NetworkError
+from fewbit.errors import NetworkError, first_line
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _NESTS = ("state_dict", "model_state_dict", "model", "net")
@@ -61,7 +61,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise _missing(path) from reason
     except (safetensors.SafetensorError, OSError, ValueError) as reason:
         raise NetworkError(
-            f"{path}: is cut short or damaged ({reason}); copy or download it again"
+            f"{path}: is cut short or damaged ({first_line(reason)}); copy or download it again"
         ) from reason
 
 
@@ -78,8 +78,7 @@ def _read_state_dict(path: Path) -> Any:
                 "was executed: save model.state_dict() with safetensors"
             ) from reason
         raise NetworkError(
-            f"{path}: is cut short or damaged ({(text.strip() or type(reason).__name__).splitlines()[0]}); "
-            "copy or download it again"
+            f"{path}: is cut short or damaged ({first_line(reason)}); copy or download it again"
         ) from reason
 
 

@@ -104,7 +104,7 @@ def trials_table(study: StudyRecord) -> Table:
         Column("Network"),
         Column("Recipe", "wide"),
         Column("Engine", "nowrap"),
-        Column("Batch", **right),
+        Column("Batch", "num wrap", "number"),
         Column("Speed", first="descending", **right),
         Column("Images/s", first="descending", **right),
         Column(f"Top-{k}", first="descending", **right),
@@ -267,7 +267,7 @@ def _layer_cells(layer: LayerRecord) -> tuple[Cell, ...]:
         Cell(f"[{layer.low:.4g}, {layer.high:.4g}]", sort=str(_span(layer))) if ranged else Cell(),
         Cell(mark=marks.spark(layer.weights, "weights")),
         Cell(mark=marks.spark(layer.activations, "output")),
-        Cell(f"{ratio:.3g}x", sort=str(ratio)) if ratio is not None else Cell(),
+        Cell(f"{words.figure(ratio)}x", sort=str(ratio)) if ratio is not None else Cell(),
     )
 
 

@@ -181,4 +181,13 @@ def milliseconds(value: float) -> str:
     >>> milliseconds(0.81649), milliseconds(1234.6)
     ('0.816 ms', '1,235 ms')
     """
-    return f"{value:.3g} ms" if value < 999.5 else f"{value:,.0f} ms"
+    return f"{figure(value)} ms"
+
+
+def figure(value: float) -> str:
+    """Write a number with three digits, or all those before the point.
+
+    >>> figure(0.81649), figure(24107.2)
+    ('0.816', '24,107')
+    """
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
