@@ -45,8 +45,6 @@ PEERS = {
 }
 OWN = ("fewbit:int8", "fewbit:int8-moving-average", "fewbit:int8-percentile", "fewbit:int8-mse")
 FLOAT = "fewbit:float32"
-# Threads of torch that spin while they wait lose by a factor of ten beside other work on the same cores.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 Figures = dict[str, float]
 
 

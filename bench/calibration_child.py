@@ -7,6 +7,7 @@ prints one: {"import_s", "seconds", "cpu_s", "start_bytes", "peak_bytes", "file_
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -90,6 +91,7 @@ def nncf(job: dict[str, Any], form: str) -> Quantize:
 
 def fewbit(job: dict[str, Any], recipe_name: str) -> Quantize:
     """Run fewbit's recipe from the card to the exported file."""
+    importlib.import_module("fewbit")  # before torch: it settles how torch's threads wait
     import torch
 
     from fewbit.export.onnx_out import export_onnx

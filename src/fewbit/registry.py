@@ -51,14 +51,22 @@ def find(kind: Kind, name: str) -> Any:
     """Return the class of a row.
 
     Raises:
-        RecipeError: No row has this name.
+        RecipeError: No row has this name, or that of another package cannot be imported.
     """
     known = rows(kind)
     if name not in known:
         near = suggest(name, known)
         raise RecipeError(f"{kind}: no '{name}'{near}; there are {', '.join(known)}")
     module, _, attribute = known[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    if name in ROWS[kind]:
+        return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as reason:
+        raise RecipeError(
+            f"{kind}: '{name}' comes from another package and cannot be imported ({reason}); "
+            "correct or reinstall that package"
+        ) from reason
 
 
 def kinds() -> tuple[str, ...]:

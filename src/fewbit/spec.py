@@ -116,7 +116,7 @@ class QuantSpec(Frozen):
         grid: Name of the set of values, see `fewbit.grids`.
     """
 
-    bits: int = Field(8, ge=2, le=8)
+    bits: int = Field(8, ge=1, le=8)
     symmetric: bool = False
     signed: bool = False
     granularity: Granularity = "tensor"
@@ -136,13 +136,20 @@ class QuantSpec(Frozen):
         return (-top if self.symmetric else -top - 1), top
 
 
+def _check_bits(spec: QuantSpec) -> None:
+    if spec.bits < 2:
+        raise PydanticCustomError("bits", "the uniform grid has 2 to 8 bits; give bits = 2 or more")
+
+
 def _of_weights(spec: QuantSpec) -> QuantSpec:
     """Return the spec with signed codes, which weights always have."""
+    _check_bits(spec)
     return spec if spec.signed else spec.model_copy(update={"signed": True})
 
 
 def _of_activations(spec: QuantSpec) -> QuantSpec:
     """Return the spec with signed codes where it is symmetric: the zero point 0 would cut all below 0 off."""
+    _check_bits(spec)
     if spec.granularity == "channel":
         raise PydanticCustomError(
             "granularity", 'activations have one scale a tensor; give granularity = "tensor"'

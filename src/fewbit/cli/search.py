@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -90,6 +91,7 @@ def search(cards: tuple[str, ...], **options: Any) -> int:
     )
     with search_progress(quiet=as_json and not sys.stderr.isatty()) as watch:
         study = run_study(given, watch)
+    write_outputs(study, given.out)
     if as_json:
         print_json(result_json(study))
     else:
@@ -100,17 +102,32 @@ def search(cards: tuple[str, ...], **options: Any) -> int:
     return 0 if study.answer is not None and study.answer.found else NOTHING_FOUND
 
 
+def write_outputs(study: Any, folder: Path) -> None:
+    """Write what a person and a script read: report.html, best/result.json and pareto.json, each in one step.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    from fewbit.files import write_text
+    from fewbit.report.html import write_report
+    from fewbit.report.summary import pareto_json, result_json
+
+    if study.answer is not None:
+        write_text(folder / "best" / "result.json", json.dumps(result_json(study), indent=2) + "\n")
+    write_text(folder / "pareto.json", json.dumps(pareto_json(study), indent=2) + "\n")
+    write_report(study, folder / "report.html")
+
+
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @json_option
 def report(folder: Path, as_json: bool) -> int:
     """Write DIR/report.html again from the journal of a search."""
-    from fewbit.report.html import write_report
     from fewbit.report.summary import result_json, sentence
     from fewbit.search.study import read_study
 
     study = read_study(folder)
-    write_report(study, folder / "report.html")
+    write_outputs(study, folder)
     if as_json:
         print_json(result_json(study))
     else:

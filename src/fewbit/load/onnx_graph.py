@@ -18,14 +18,14 @@ from torch import Tensor, fx, nn
 from fewbit.errors import ModelFileError, NetworkError, first_line, suggest
 from fewbit.load.builder import Builder, Size
 from fewbit.load.onnx_file import name_of, to_array
-from fewbit.load.onnx_gelu import join_gelus
+from fewbit.load.onnx_patterns import Patterns
 
 Array = NDArray[Any]
 OnnxConverter = Callable[..., Any]
 OPERATORS: dict[str, OnnxConverter] = {}
 
 _HINTS = {
-    "Pow": "a LayerNorm or GELU written out? export with opset_version=20",
+    "Pow": "a normalisation or GELU of unusual form? export with opset_version=20",
     "Erf": "a GELU of unusual form? export with opset_version=20",
     "If": "export with constant folding",
     "Loop": "export without loops",
@@ -259,7 +259,7 @@ class Graph:
             if node.op_type == "Constant":
                 self.known[node.output[0]] = self._repeat(constant_of(node, self.path))
         needed, nodes = {proto.output[0].name}, []
-        for node in reversed(join_gelus(proto.node, constant)):
+        for node in reversed(Patterns(proto.node, constant).joined()):
             if needed.intersection(node.output) and node.op_type != "Constant":
                 nodes.append(node)
                 needed.update(name for name in node.input if name)

@@ -23,8 +23,8 @@ class Percentile(Frozen):
     exact arithmetic. Values are taken to be spread evenly within their histogram bin, so an end is off by
     less than a bin: at most ``max |x| / (bins / 2)``. Percentile 100 is min-max, exactly.
 
-    Source: J. L. McKinstry et al., Discovering Low-Precision Networks Close to Full-Precision Networks for
-        Efficient Embedded Inference, 2019, arXiv 1809.04191.
+    Source: H. Wu et al., Integer Quantization for Deep Learning Inference: Principles and Empirical
+        Evaluation, 2020, arXiv 2004.09602, section 3.2.
     Differs: taken from a histogram of all values, in one pass. A tensor of which more than `percentile` % are
         exactly zero takes its extremes, for the percentile would make all of it zero.
 

@@ -117,8 +117,7 @@ def range_of_extremes(low: float, high: float, spec: QuantSpec) -> Range:
     >>> range_of_extremes(-1, 3, QuantSpec(symmetric=True, signed=True))
     Range(low=-3.0, high=3.0)
     """
-    low = min(low, 0.0) if low < 0 else 0.0
-    high = max(high, 0.0)
+    low, high = (low if low < 0 else 0.0), (high if high > 0 else 0.0)
     if not spec.symmetric:
         return Range(low=low, high=high)
     if low == 0.0 or not spec.signed:

@@ -55,9 +55,10 @@
       text, showarrow: false, xref: "paper", x: 0, xanchor: "left", align: "left",
       yref: `y${index} domain`, y: 1, yanchor: "bottom", yshift: 6,
     });
+    const ends = "output, count; dashed: ends of its grid";
     figure.layout.annotations = [
       title("", pick.weights ? "weights, count" : "no weights"),
-      title("2", pick.activations ? "output, count; dashed: ends of its grid" : "output not recorded"),
+      title("2", !pick.activations ? "output not recorded" : pick.ends ? ends : "output, count"),
     ];
     figure.layout.shapes = (pick.ends || []).map((x) => ({
       type: "line", xref: "x2", yref: "y2 domain", x0: x, x1: x, y0: 0, y1: 1,

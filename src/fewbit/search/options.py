@@ -37,6 +37,7 @@ class StudyOptions:
         calibration: Other images to calibrate with; else some of `data`, which then never evaluate.
         calibration_images: How many; at most a sixth of `data` where they are taken from it.
         holdout_fraction: Share of the images left that only confirm the answer.
+        pace: Seconds spent on timing, as a multiple of the usual; less gives wider intervals.
         command: What the user typed, for the report.
     """
 
@@ -57,7 +58,13 @@ class StudyOptions:
     calibration: Path | None = None
     calibration_images: int = CALIBRATION_IMAGES
     holdout_fraction: float = HOLDOUT_FRACTION
+    pace: float = 1.0
     command: str = ""
+
+    @property
+    def timing_pace(self) -> float:
+        """The pace, quicker where less than four minutes are given."""
+        return self.pace if self.minutes is None else self.pace * min(1.0, max(0.1, self.minutes / 4))
 
     def __post_init__(self) -> None:
         """Check what no other part checks.
@@ -76,6 +83,10 @@ class StudyOptions:
         for what, given in (("engine", self.engines), ("batch", self.batches)):
             if not given:
                 raise InputError(f"search: no {what}; give one or more")
+        if not 0 < self.holdout_fraction < 1:
+            raise InputError(
+                f"search: holdout fraction is {self.holdout_fraction}; give a share inside 0 and 1"
+            )
         if not 0.5 <= self.confidence < 1:
             raise InputError(f"search: confidence is {self.confidence}; give 0.5 up to, not including, 1")
         for what, number in (
@@ -84,6 +95,7 @@ class StudyOptions:
             ("minutes", self.minutes),
             ("trials", self.trials),
             ("calibration images", self.calibration_images),
+            ("pace", self.pace),
         ):
             if number is not None and number <= 0:
                 raise InputError(f"search: {what} is {number}; give a number above 0")

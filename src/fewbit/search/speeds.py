@@ -78,6 +78,7 @@ class Speeds:
         journal: Where choices are kept.
         sessions: Where files are opened.
         seed: Of the order of rounds.
+        pace: Time spent, as a multiple of the usual.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class Speeds:
         journal: Journal,
         sessions: Sessions,
         seed: int,
+        pace: float = 1.0,
     ) -> None:
         self.terms, self.batches, self.threads = terms, tuple(batches), threads
-        self.journal, self.sessions, self.seed = journal, sessions, seed
+        self.journal, self.sessions, self.seed, self.pace = journal, sessions, seed, pace
 
     def survey(self, path: Path, engine: EngineName, float_precision: FloatPrecision) -> tuple[Surveyed, ...]:
         """Try the settings worth trying for a file, the best first.
@@ -163,7 +165,13 @@ class Speeds:
         """
         pair = [self.sessions.get(*against), self.sessions.get(path, setting)]
         timings = measure_interleaved(
-            pair, rounds, block_s, self.seed, baseline=0, against=_name(against[1]), budget_s=budget_s
+            pair,
+            rounds,
+            block_s * self.pace,
+            self.seed,
+            baseline=0,
+            against=_name(against[1]),
+            budget_s=budget_s * self.pace,
         )
         return timings[1]
 
@@ -173,7 +181,13 @@ class Speeds:
         """Time files side by side, the first being what the ratios are against."""
         opened = [self.sessions.get(*candidate) for candidate in candidates]
         return measure_interleaved(
-            opened, rounds, block_s, self.seed, baseline=0, against=_name(candidates[0][1]), budget_s=budget_s
+            opened,
+            rounds,
+            block_s * self.pace,
+            self.seed,
+            baseline=0,
+            against=_name(candidates[0][1]),
+            budget_s=budget_s * self.pace,
         )
 
     def _race(self, path: Path, settings: Sequence[Setting]) -> Setting:
@@ -183,10 +197,10 @@ class Speeds:
         timings = measure_interleaved(
             [self.sessions.get(path, s) for s in settings],
             6,
-            0.1,
+            0.1 * self.pace,
             self.seed,
             baseline=None,
-            budget_s=_SURVEY_S,
+            budget_s=_SURVEY_S * self.pace,
         )
         self.sessions.free()
         return max(timings, key=lambda t: t.images_per_s).setting
@@ -199,7 +213,7 @@ class Speeds:
             except EngineError as error:
                 reasons.append(str(error))
         goal: Goal = "latency" if self.terms.objective == "latency" else "throughput"
-        found = tuple(survey(sessions, _SURVEY_S, 1, self.seed, goal=goal)) if sessions else ()
+        found = tuple(survey(sessions, _SURVEY_S * self.pace, 1, self.seed, goal=goal)) if sessions else ()
         if not any(s.rounds for s in found):
             raise EngineError(
                 next((s.reason for s in found if s.reason), reasons[0] if reasons else "it did not run")

@@ -84,7 +84,7 @@ class _Search:
         self.known, self.journal, self.watch, self.begin = known, journal, watch, begin
         options, terms = known.options, known.terms
         threads = options.threads or known.host.cores
-        speeds = Speeds(terms, options.batches, threads, journal, sessions, options.seed)
+        speeds = Speeds(terms, options.batches, threads, journal, sessions, options.seed, options.timing_pace)
         expected = {bench.name: expected_parts(options, bench) for bench in known.benches}
         self.trials = Trials(known.benches, expected, journal, sessions, speeds)
         self.earlier_s = float(journal.decision("seconds") or 0.0)

@@ -43,6 +43,10 @@ def test_unsigned_symmetric_codes_cover_the_positive_side():
     assert range_of_extremes(-1, 3, QuantSpec(symmetric=True)) == Range(low=0, high=3)
 
 
+def test_no_negative_zero_at_the_upper_end():
+    assert math.copysign(1, range_of_extremes(-2.0, -0.0, ASYMMETRIC).high) == 1
+
+
 @pytest.mark.parametrize("low", [0.0, -0.0, 0.5])
 def test_never_negative_gives_a_positive_zero(low):
     for spec in SPECS:
