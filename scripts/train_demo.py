@@ -5,7 +5,7 @@
 
 First several epochs on gentle images (hardness 0), then one on fresh images of full hardness, each with one
 cycle of SGD with momentum. The weights are written after each of the two stages. Products of the residual
-network run in bfloat16, its weights stay float32. The same seed and threads on one host give the same weights.
+network run in bfloat16, its weights stay float32. The same seed and threads on a host give the same weights.
 """
 
 from __future__ import annotations

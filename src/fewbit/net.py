@@ -102,7 +102,16 @@ class Net:
         return Net(self.graph, self.name, self.input_size, self.classes, self.facts | set(facts))
 
     def train(self, mode: bool = True) -> Net:
-        """Switch to training mode, as `model.train()` would."""
+        """Switch to training mode, as `model.train()` would.
+
+        Raises:
+            RecipeError: The model's forward goes another way in training than the captured one.
+        """
+        if mode and "eval_only" in self.facts:
+            raise RecipeError(
+                f"{self.name}: its forward goes another way in training, so the captured network can only be "
+                "evaluated; choose a recipe without training, or rewrite the forward without `self.training`"
+            )
         self.graph.train(mode)
         return self
 

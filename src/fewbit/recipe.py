@@ -64,6 +64,16 @@ class Recipe(Frozen):
             built.append((name, step))
         return tuple(built)
 
+    @property
+    def places(self) -> bool:
+        """It places quantizers, so its file is made for one engine."""
+        return any(step.get("use") == "place" for step in self.steps)
+
+    @property
+    def uses_images(self) -> bool:
+        """It looks at calibration images, which then must not evaluate its file."""
+        return self.scheme.mode == "static" and any(step.get("use") == "calibrate" for step in self.steps)
+
     def with_float(self, layers: Sequence[str]) -> Recipe:
         """Return the same recipe with some layers left in float."""
         rules = tuple(Rule(match=layer, keep_float=True) for layer in layers)
@@ -151,6 +161,7 @@ def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[S
     """
     context = replace(context, scheme=recipe.scheme)
     changed, reports = net.clone().eval(), []
+    original = changed.clone()
     for name, step in recipe.built_steps():
         missing = sorted(step.needs - changed.facts)
         if missing:
@@ -158,13 +169,19 @@ def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[S
                 f"recipe '{recipe.name}': step '{name}' needs a network that is {', '.join(missing)}; "
                 "put the step that gives it before"
             )
+        late = sorted(step.before & changed.facts)
+        if late:
+            raise RecipeError(
+                f"recipe '{recipe.name}': step '{name}' cannot follow the step that made the network "
+                f"{', '.join(late)}; put it before"
+            )
         context.tell(name, 0.0)
         begin = time.perf_counter()
         report = step(changed, context)
         reports.append(report.model_copy(update={"seconds": time.perf_counter() - begin}))
         changed = changed.with_facts(*step.gives)
         context.tell(name, 1.0)
-        if name in _EXACT_STEPS and (gap := example_gap(net, changed)) > _EXACT_GAP:
+        if name in _EXACT_STEPS and (gap := example_gap(original, changed)) > _EXACT_GAP:
             raise RecipeError(
                 f"recipe '{recipe.name}': step '{name}' changed {net.name}'s logits by {gap:.1e}; report it"
             )

@@ -59,10 +59,12 @@ class Step(Frozen):
 
     Attributes:
         needs: Facts that the Net must have.
+        before: Facts that it must not have yet.
         gives: Facts that it has afterwards.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    before: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, net: Net, context: Context) -> StepReport:

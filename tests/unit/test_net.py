@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import make_images, make_net
 from torch import fx, nn
 
 from fewbit import ops
 from fewbit.errors import RecipeError
 from fewbit.load.capture import capture
 from fewbit.net import Net, add_layer, name_of
+from networks import make_images, make_net
 
 
 def test_layers_are_in_the_order_in_which_they_run_under_their_own_names() -> None:
@@ -131,10 +131,9 @@ def test_a_tensor_read_twice_by_one_layer_is_one_edge() -> None:
 
 
 def test_a_net_can_be_made_from_a_graph_alone() -> None:
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    root = fx.GraphModule(nn.Module(), graph)
-    graph.output(add_layer(root, "flat", nn.Flatten(), x))
+    root = fx.GraphModule(nn.Module(), fx.Graph())
+    x = root.graph.placeholder("x")
+    root.graph.output(add_layer(root, "flat", nn.Flatten(), x))
     root.recompile()
     net = Net(root, "flat", (1, 2, 2), 4)
     assert net(net.example(3)).shape == (3, 4)

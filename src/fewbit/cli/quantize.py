@@ -27,9 +27,9 @@ from fewbit.cli.progress import step_progress
 @json_option
 def quantize(card: str, recipe: str, data: Path, out: Path, engine: str, **options: Any) -> int:
     """Quantize a network by a recipe and write the file that an engine runs."""
+    from fewbit.export.facts import describe_export
     from fewbit.export.onnx_out import export_onnx
     from fewbit.load.capture import load
-    from fewbit.load.exported import describe_export
     from fewbit.place.targets import target
     from fewbit.recipe import image_context, read_recipe, run_recipe
 
@@ -39,17 +39,15 @@ def quantize(card: str, recipe: str, data: Path, out: Path, engine: str, **optio
     images = _calibration_images(given, data, **{k: v for k, v in options.items() if k != "as_json"})
     with images, step_progress(given.network.name, options["as_json"]) as tell:
         made, reports = run_recipe(chosen, net, image_context(images, engine, options["seed"], tell))
-        labels = read_labels_of(given)
-        source = Path(options["calibration"] or data).name
-        facts = describe_export(given, labels, source, images.names if _calibrated(chosen) else ())
-        export_onnx(made, out, aim, {"recipe": chosen.to_toml(), "engine": engine} | facts)
+        facts = describe_export(given, chosen, engine, images)
+        export_onnx(made, out, aim if chosen.places else None, facts)
     answer = {
         "network": given.network.name,
         "recipe": chosen.name,
         "digest": chosen.digest(),
         "out": str(out),
         "bytes": out.stat().st_size,
-        "calibration_images": len(images.names) if _calibrated(chosen) else 0,
+        "calibration_images": len(images.names) if chosen.uses_images else 0,
         "steps": [report.model_dump(mode="json") for report in reports],
     }
     if options["as_json"]:
@@ -61,17 +59,6 @@ def quantize(card: str, recipe: str, data: Path, out: Path, engine: str, **optio
         )
     click.echo(f"{out}: {answer['bytes']:,} bytes, for {engine}")
     return 0
-
-
-def _calibrated(recipe: Any) -> bool:
-    return recipe.scheme.mode == "static" and any(step.get("use") == "calibrate" for step in recipe.steps)
-
-
-def read_labels_of(card: Any) -> dict[str, int] | None:
-    """Return the labels file of a card as a dictionary, none where it has none."""
-    from fewbit.data.images import read_labels
-
-    return None if card.labels_path is None else read_labels(card.labels_path, card.network.classes)
 
 
 def _calibration_images(

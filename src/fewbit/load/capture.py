@@ -259,25 +259,24 @@ class _Rebuild:
         self.taken.add(name)
         builder = Builder(self.graph, name, self.sizes, self.results[node], self.reserved)
         converter = self._converter(builder, node, module)
-        if converter not in BROADCASTS:
-            for source in node.all_input_nodes:
-                if (
-                    isinstance(self.known[source], fx.Node)
-                    and self.sizes[self.known[source]] != self.results[source]
-                ):
-                    raise builder.refuse("expanding a tensor for anything but arithmetic")
-        args, kwargs = (
-            resolve(node.args, self.known),
-            {k: resolve(v, self.known) for k, v in node.kwargs.items()},
-        )
         word = getattr(node.target, "__name__", node.target)
         try:
+            if converter not in BROADCASTS:
+                self._check_not_expanded(builder, node)
+            args = resolve(node.args, self.known)
+            kwargs = {key: resolve(value, self.known) for key, value in node.kwargs.items()}
             return converter(builder, *args, **kwargs)
         except NetworkError as reason:
             raise NetworkError(f"{self.name}: {reason}") from reason
         except (TypeError, ValueError, AttributeError, RuntimeError) as reason:
             error = builder.refuse(f"this form of '{word}' ({first_line(reason)})")
             raise NetworkError(f"{self.name}: {error}") from reason
+
+    def _check_not_expanded(self, builder: Builder, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            layer = self.known[source]
+            if isinstance(layer, fx.Node) and self.sizes[layer] != self.results[source]:
+                raise builder.refuse("expanding a tensor for anything but arithmetic")
 
     def _owner_of_weight(self, node: fx.Node) -> str:
         """Return the path of the module whose forward is just this convolution or matrix product."""

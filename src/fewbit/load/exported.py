@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,28 +37,6 @@ class Exported:
         """Return the card of the file itself."""
         section = NetworkSection(name=self.network, source=path.name, classes=self.classes)
         return Card(network=section, input=self.input).placed_in(path.parent)
-
-
-def describe_export(
-    card: Card, labels: dict[str, int] | None = None, data: str = "", names: Sequence[str] = ()
-) -> dict[str, str]:
-    """Return the metadata to put into an exported file.
-
-    Args:
-        card: Of the network.
-        labels: Folder name -> class index.
-        data: Name of the image source that calibrated it, without its folder.
-        names: Names of the images taken from it.
-    """
-    facts = {
-        "network": card.network.name,
-        "classes": card.network.classes,
-        "input": card.input.model_dump(mode="json"),
-        "labels": labels,
-        "calibration_data": data,
-        "calibration_names": sorted(names),
-    }
-    return {"card": json.dumps(facts, sort_keys=True, separators=(",", ":"))}
 
 
 def read_exported(path: Path) -> Exported | None:

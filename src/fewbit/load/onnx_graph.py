@@ -258,9 +258,11 @@ class Graph:
         for node in proto.node:
             if node.op_type == "Constant":
                 self.known[node.output[0]] = self._repeat(constant_of(node, self.path))
+            elif node.op_type == "Identity" and isinstance(self.known.get(node.input[0]), Constant):
+                self.known[node.output[0]] = self.known[node.input[0]]
         needed, nodes = {proto.output[0].name}, []
         for node in reversed(Patterns(proto.node, constant).joined()):
-            if needed.intersection(node.output) and node.op_type != "Constant":
+            if needed.intersection(node.output) and node.output[0] not in self.known:
                 nodes.append(node)
                 needed.update(name for name in node.input if name)
         return nodes[::-1]
@@ -333,9 +335,11 @@ class Graph:
 
     def _alone(self, node: onnx.NodeProto) -> onnx.ModelProto:
         """Return a model of one node."""
-        ends = [[onnx.ValueInfoProto(name=n) for n in names if n] for names in (node.input, node.output)]
-        domains = [helper.make_opsetid("", self.opset)]
-        return helper.make_model(helper.make_graph([node], "node", *ends), opset_imports=domains)
+        inputs, outputs = (
+            [onnx.ValueInfoProto(name=n) for n in names if n] for names in (node.input, node.output)
+        )
+        graph = helper.make_graph([node], "node", inputs, outputs)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
 
     @staticmethod
     def _differs(inputs: list[Any]) -> bool:

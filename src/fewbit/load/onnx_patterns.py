@@ -29,7 +29,7 @@ class Patterns:
                 self.readers.setdefault(name, []).append(node)
 
     def joined(self) -> list[NodeProto]:
-        """Return the nodes with the last one of each pattern replaced by the whole; the parts stay, unread."""
+        """Return the nodes, the last of each pattern replaced by the whole; its parts stay, unread."""
         found: dict[str, NodeProto] = {}
         for node in self.nodes:
             match = {"Erf": self._gelu, "Sqrt": self._layer_norm}.get(node.op_type)

@@ -27,6 +27,7 @@ class Place(Step):
     """
 
     needs = frozenset({"canonical"})
+    before = frozenset({"placed"})
     gives = frozenset({"placed"})
 
     def __call__(self, net: Net, context: Context) -> StepReport:

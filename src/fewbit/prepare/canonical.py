@@ -9,6 +9,8 @@ from fewbit import ops
 from fewbit.net import Net, add_layer
 from fewbit.step import Context, Step, StepReport
 
+_IDENTITIES = frozenset({"Dropout", "DropPath", "Identity"})
+
 
 class Canonical(Step):
     """Rewrite a Net for inference without changing what it computes.
@@ -19,6 +21,7 @@ class Canonical(Step):
     convolution becomes that convolution's own.
     """
 
+    before = frozenset({"placed"})
     gives = frozenset({"canonical"})
 
     def __call__(self, net: Net, context: Context) -> StepReport:
@@ -53,7 +56,8 @@ def _swap(net: Net, node: fx.Node, module: nn.Module, *inputs: fx.Node) -> bool:
 
 def drop_identities(net: Net, node: fx.Node) -> bool:
     """Remove a layer that does nothing in evaluation."""
-    if isinstance(_module(net, node), nn.Dropout | ops.DropPath | nn.Identity):
+    module = _module(net, node)
+    if module is not None and ops.kind_of(module) in _IDENTITIES:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         return _replace(net, node, source)
@@ -61,23 +65,41 @@ def drop_identities(net: Net, node: fx.Node) -> bool:
 
 
 def find_hard_sigmoid(net: Net, node: fx.Node) -> bool:
-    """Read relu6(x + 3) / 6 as a hard sigmoid."""
-    last, clip = _module(net, node), _module(net, node.args[0])
-    if not (isinstance(last, ops.Affine) and isinstance(clip, ops.Clip)) or last.shift is not None:
+    """Read relu6(x + 3) / 6 as a hard sigmoid, x * relu6(x + 3) / 6 as hard-swish."""
+    source = node.args[0] if node.args else None
+    if not _is_sixth(_module(net, node)) or not isinstance(source, fx.Node):
         return False
-    middle = node.args[0]
-    assert isinstance(middle, fx.Node)
-    first = _module(net, middle.args[0])
-    source = middle.args[0]
-    if not (isinstance(first, ops.Affine) and isinstance(source, fx.Node)) or first.scale is not None:
+    image = _shifted_relu6(net, source)
+    if image is not None:
+        return _swap(net, node, nn.Hardsigmoid(), image)
+    if isinstance(_module(net, source), ops.Mul):
+        for x, gate in (source.args[:2], source.args[1::-1]):
+            if isinstance(x, fx.Node) and _shifted_relu6(net, gate) is x:
+                return _swap(net, node, nn.Hardswish(), x)
+    return False
+
+
+def _is_sixth(module: nn.Module | None) -> bool:
+    """Tell whether a layer only divides by 6."""
+    if not isinstance(module, ops.Affine) or module.shift is not None or module.scale is None:
         return False
-    sixth = last.scale is not None and last.scale.numel() == 1 and abs(float(last.scale) * 6 - 1) < 1e-6
-    three = first.shift is not None and first.shift.numel() == 1 and float(first.shift) == 3.0
-    if not (sixth and three and (clip.low, clip.high) == (0.0, 6.0)):
-        return False
+    return module.scale.numel() == 1 and abs(float(module.scale.detach()) * 6 - 1) < 1e-6
+
+
+def _shifted_relu6(net: Net, node: object) -> fx.Node | None:
+    """Return x where a node computes relu6(x + 3)."""
+    clip = _module(net, node)
+    if not isinstance(node, fx.Node) or not isinstance(clip, ops.Clip) or (clip.low, clip.high) != (0.0, 6.0):
+        return None
+    source = node.args[0]
+    first = _module(net, source)
+    if not isinstance(first, ops.Affine) or first.scale is not None or first.shift is None:
+        return None
+    if first.shift.numel() != 1 or float(first.shift.detach()) != 3.0:
+        return None
+    assert isinstance(source, fx.Node)
     image = source.args[0]
-    assert isinstance(image, fx.Node)
-    return _swap(net, node, nn.Hardsigmoid(), image)
+    return image if isinstance(image, fx.Node) else None
 
 
 def find_gates(net: Net, node: fx.Node) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -9,6 +11,7 @@ from fewbit.net import Net
 from fewbit.step import Context, Step, StepReport
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+_Foldable = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 
 
 class FoldBN(Step):
@@ -18,14 +21,16 @@ class FoldBN(Step):
 
         W' = s W        b' = beta + s (b - mu)
 
-    computed in float64. A BatchNorm whose input is not the output of such a layer, or that shares it with
-    another reader, stays (before a zero-padded convolution it does not fold exactly).
+    computed in float64. A BatchNorm whose input is not the output of such a layer, that shares it with
+    another reader, or that normalises another axis stays (before a zero-padded convolution it does not fold
+    exactly).
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", 2018, arXiv 1712.05877, section 3.2.
     Differs: a channel whose variance is 0 folds to a finite scale through eps; nothing is clipped.
     """
 
+    before = frozenset({"placed"})
     gives = frozenset({"folded"})
 
     def __call__(self, net: Net, context: Context) -> StepReport:
@@ -37,7 +42,7 @@ class FoldBN(Step):
             source = layer.node.args[0]
             assert isinstance(source, fx.Node)
             before = net.graph.get_submodule(str(source.target)) if source.op == "call_module" else None
-            if isinstance(before, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and len(source.users) == 1:
+            if isinstance(before, _Foldable) and len(source.users) == 1 and _same_axis(net, source, before):
                 fold(before, layer.module)
                 layer.node.replace_all_uses_with(source)
                 net.graph.graph.erase_node(layer.node)
@@ -49,7 +54,31 @@ class FoldBN(Step):
         return StepReport(step="fold_bn", changed=changed, notes=notes)
 
 
-def fold(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, norm: _BatchNorm) -> None:
+class _Rank(fx.Interpreter):
+    """Runs a network up to one node and keeps the rank of its value."""
+
+    def __init__(self, net: Net, wanted: fx.Node) -> None:
+        super().__init__(net.graph)
+        self.wanted, self.rank = wanted, 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n is self.wanted:
+            self.rank = value.dim()
+        return value
+
+
+def _same_axis(net: Net, node: fx.Node, layer: nn.Module) -> bool:
+    """Tell whether a layer's outputs lie on axis 1, which a BatchNorm normalises."""
+    if not isinstance(layer, nn.Linear):
+        return True
+    walk = _Rank(net, node)
+    with torch.no_grad():
+        walk.run(net.example())
+    return walk.rank == 2
+
+
+def fold(layer: _Foldable, norm: _BatchNorm) -> None:
     """Fold one BatchNorm into a layer's weight and bias, in float64.
 
     Args:

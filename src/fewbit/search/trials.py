@@ -21,7 +21,7 @@ from fewbit.search.settings import EVALUATION_BATCH, evaluation
 from fewbit.search.speeds import Sessions, Speeds
 from fewbit.search.standing import Standing
 from fewbit.search.trial import LayerRecord, Trial
-from fewbit.search.workbench import Built, Workbench, recipe_calibrates
+from fewbit.search.workbench import Built, Workbench
 
 _ROUNDS = 8
 _BLOCK_S = 0.1
@@ -168,7 +168,7 @@ class Trials:
             self._evaluate(proposal, bench, built, view, found, inside)
         if not found.dropped and not plain:
             self._time(proposal, bench, built, view, found, inside)
-        if not found.dropped and recipe_calibrates(recipe):
+        if not found.dropped and recipe.places:
             inside("layers", 0.9)
             found.layers = _with_precisions(bench.records(built), found.placement)
 
@@ -214,7 +214,7 @@ class Trials:
         baseline_file = self.file(bench, read_recipe("float32"), proposal.engine)
         baseline = self.speeds.baseline(bench.name, baseline_file)
         like = view.find(proposal.network, proposal.engine, PLAIN)
-        if like is not None and like.timing is not None and recipe_calibrates(built.recipe):
+        if like is not None and like.timing is not None and built.recipe.places:
             setting = like.setting.model_copy(update={"float_precision": proposal.float_precision})
         else:
             found.survey = self.speeds.survey(built.path, proposal.engine, proposal.float_precision)

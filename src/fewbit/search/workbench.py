@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fewbit.data.image_set import ImageSet
 from fewbit.engines.session import EngineName
+from fewbit.export.facts import describe_export
 from fewbit.export.onnx_out import export_onnx
 from fewbit.load.card import Card
 from fewbit.net import Net
-from fewbit.place.targets import Target, target
-from fewbit.recipe import Recipe, read_recipe, run_recipe
+from fewbit.place.targets import target
+from fewbit.recipe import Recipe, image_context, read_recipe, run_recipe
 from fewbit.search.journal import Part
 from fewbit.search.ladder import Proposal
 from fewbit.search.ranking import images_for_ranking, rank_layers
@@ -91,7 +92,7 @@ class Workbench:
     def key(self, proposal: Proposal) -> str:
         """Return the digest of all that determines a trial."""
         recipe = self.recipe(proposal)
-        calibrates = self.images.calibration.digest if recipe_calibrates(recipe) else ""
+        calibrates = self.images.calibration.digest if recipe.uses_images else ""
         parts = (
             self.digest,
             recipe.digest(),
@@ -113,7 +114,7 @@ class Workbench:
 
     def file_of(self, recipe: Recipe, engine: EngineName) -> Path:
         """Return where the file of a recipe goes; one float file serves every engine."""
-        suffix = f"-{engine}" if recipe_calibrates(recipe) else ""
+        suffix = f"-{engine}" if recipe.places else ""
         return self.folder / f"{self.name}-{recipe.name}{suffix}.onnx"
 
     def build(self, recipe: Recipe, engine: EngineName, advance: Advance | None = None) -> Built:
@@ -123,10 +124,10 @@ class Workbench:
             RecipeError: The recipe does not fit the network.
             OutputError: The file cannot be written.
         """
-        aim = target(engine)
-        net, _ = run_recipe(recipe, self.net, self._context(recipe, aim, advance))
+        net, _ = run_recipe(recipe, self.net, self._context(engine, advance))
         path = self.file_of(recipe, engine)
-        export_onnx(net, path, aim if recipe_calibrates(recipe) else None, {"recipe": recipe.digest()})
+        facts = describe_export(self.card, recipe, engine, self.images.calibration)
+        export_onnx(net, path, target(engine) if recipe.places else None, facts)
         return Built(path, recipe, net)
 
     def records(self, built: Built) -> tuple[LayerRecord, ...]:
@@ -137,24 +138,15 @@ class Workbench:
         """Return the layers in the order in which to leave them in float; see `rank_layers`."""
         if (engine, base) not in self._ranked:
             recipe = read_recipe(base)
-            net, _ = run_recipe(recipe, self.net, self._context(recipe, target(engine), advance))
+            net, _ = run_recipe(recipe, self.net, self._context(engine, advance))
             few = list(self._some(images_for_ranking(self.card.input.size)))
             self._ranked[engine, base] = rank_layers(self.net, net, few)
         return self._ranked[engine, base]
 
-    def _context(self, recipe: Recipe, aim: Target, advance: Advance | None) -> Context:
-        def batches() -> Iterator[Tensor]:
-            for batch in self.images.calibration.batches(_CALIBRATION_BATCH):
-                yield torch.from_numpy(batch)
-
-        return Context(scheme=recipe.scheme, target=aim, batches=batches, seed=self.seed, advance=advance)
+    def _context(self, engine: EngineName, advance: Advance | None) -> Context:
+        return image_context(self.images.calibration, engine, self.seed, advance)
 
     def _some(self, images: int) -> Iterator[Tensor]:
         few = np.arange(min(images, len(self.images.calibration)))
         for batch in self.images.calibration.batches(_CALIBRATION_BATCH, few):
             yield torch.from_numpy(batch)
-
-
-def recipe_calibrates(recipe: Recipe) -> bool:
-    """Say whether a recipe places quantizers, so that its file is made for one engine."""
-    return any(step.get("use") == "place" for step in recipe.steps)
