@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -39,7 +40,6 @@ def make_card(folder: Path, name: str = "tiny", width: int = 8) -> Card:
     """Write a network with random weights, its file and its card."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny.py").write_text(SOURCE)
-    torch.manual_seed(width)
     model = build(width)
     save_file(model.state_dict(), folder / f"{name}.safetensors")
     card = folder / f"{name}.toml"
@@ -52,31 +52,44 @@ def make_card(folder: Path, name: str = "tiny", width: int = 8) -> Card:
 
 
 def build(width: int) -> nn.Module:
-    """Return the network, its last layer scaled so that classes are spread and margins are narrow."""
+    """Return the network with random weights; each class is its answer about as often."""
     names: dict[str, Any] = {}
-    exec(SOURCE, names)  # noqa: S102
-    model: nn.Module = names["tiny"](width).eval()
+    exec(SOURCE, names)
+    torch.manual_seed(width)
+    model: nn.Sequential = names["tiny"](width).eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(_input(_pixels(400, seed=99))))
+        last = model[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight /= logits.std(0)[:, None]
+        last.bias.copy_((last.bias - logits.mean(0)) / logits.std(0))
     return model
 
 
-def make_images(folder: Path, card: Card, images: int = 480, wrong: float = 0.1, seed: int = 0) -> Path:
+def make_images(folder: Path, width: int = 8, images: int = 480, wrong: float = 0.1, seed: int = 0) -> Path:
     """Write images into class folders by what the network says of them, some of them put wrong."""
-    from fewbit.load.capture import load
-
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (images, 4, 4, 3))
-    noise = rng.integers(-60, 61, (images, SIDE, SIDE, 3))
-    pixels = np.clip(coarse.repeat(4, 1).repeat(4, 2) + noise, 0, 255).astype(np.uint8)
-    x = torch.from_numpy((pixels.astype(np.float32) / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)
+    pixels, rng = _pixels(images, seed), np.random.default_rng(seed)
     with torch.no_grad():
-        logits = load(card)(x.contiguous())
-    labels = (logits - logits.mean(0)).div(logits.std(0)).argmax(1).numpy()
+        labels = build(width)(torch.from_numpy(_input(pixels))).argmax(1).numpy()
     labels = np.where(rng.random(images) < wrong, rng.integers(0, CLASSES, images), labels)
     for name in range(CLASSES):
         (folder / f"c{name}").mkdir(parents=True, exist_ok=True)
     for place, (picture, label) in enumerate(zip(pixels, labels, strict=True)):
         Image.fromarray(picture).save(folder / f"c{label}" / f"{place:04d}.png")
     return folder
+
+
+def _pixels(images: int, seed: int) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (images, 4, 4, 3)).repeat(4, 1).repeat(4, 2)
+    noise = rng.integers(-60, 61, (images, SIDE, SIDE, 3))
+    pixels: NDArray[np.uint8] = np.clip(coarse + noise, 0, 255).astype(np.uint8)
+    return pixels
+
+
+def _input(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    scaled = (pixels.astype(np.float32) / 255 - 0.5) / 0.25
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 
 def options(folder: Path, cards: tuple[Card, ...], *budgets: str, **more: Any) -> StudyOptions:
@@ -94,7 +107,7 @@ def options(folder: Path, cards: tuple[Card, ...], *budgets: str, **more: Any) -
 
 
 def main(folder: str, out: str, budgets: str, objective: str) -> None:
-    """Run or go on with a search in this process, telling each finished trial; ended by `kill -9` in tests."""
+    """Run a search or go on with it, telling each finished trial; tests end it by `kill -9`."""
     root = Path(folder)
 
     def tell(event: Event) -> None:

@@ -16,7 +16,7 @@ from fewbit.data.image_set import ImageSet
 from fewbit.errors import RecipeError, suggest
 from fewbit.net import Net
 from fewbit.place.targets import target
-from fewbit.prepare.canonical import example_gap
+from fewbit.prepare.canonical import example_logits, relative_gap
 from fewbit.registry import find
 from fewbit.spec import Frozen, Rule, Scheme
 from fewbit.step import Context, Step, StepReport
@@ -84,7 +84,9 @@ class Recipe(Frozen):
 def shipped_recipes() -> dict[str, Recipe]:
     """Return the recipes that ship, by name."""
     found = {}
-    for entry in sorted(resources.files("fewbit.recipes").iterdir(), key=lambda e: e.name):
+    for entry in sorted(
+        resources.files("fewbit.recipes").iterdir(), key=lambda e: e.name.removesuffix(".toml")
+    ):
         if entry.name.endswith(".toml"):
             recipe = Recipe.from_toml(entry.read_text(encoding="utf-8"), entry.name)
             found[recipe.name] = recipe
@@ -161,7 +163,7 @@ def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[S
     """
     context = replace(context, scheme=recipe.scheme)
     changed, reports = net.clone().eval(), []
-    original = changed.clone()
+    expected = example_logits(changed)
     for name, step in recipe.built_steps():
         missing = sorted(step.needs - changed.facts)
         if missing:
@@ -181,7 +183,10 @@ def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[S
         reports.append(report.model_copy(update={"seconds": time.perf_counter() - begin}))
         changed = changed.with_facts(*step.gives)
         context.tell(name, 1.0)
-        if name in _EXACT_STEPS and (gap := example_gap(original, changed)) > _EXACT_GAP:
+        if (
+            name in _EXACT_STEPS
+            and not (gap := relative_gap(expected, example_logits(changed))) <= _EXACT_GAP
+        ):
             raise RecipeError(
                 f"recipe '{recipe.name}': step '{name}' changed {net.name}'s logits by {gap:.1e}; report it"
             )

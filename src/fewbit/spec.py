@@ -83,7 +83,7 @@ def explain(reason: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         known = _keys_at(model, first["loc"][:-1])
         near = suggest(str(first["loc"][-1]), known)
-        return f"unknown key '{place}'{near}; known here: {', '.join(sorted(known))}"
+        return f"unknown key '{place}'{near}; known here: {', '.join(sorted(known)) or 'none'}"
     if first["type"] == "missing":
         return f"key '{place}' is missing; add it"
     came = "not given" if first["input"] is None else repr(first["input"])

@@ -51,26 +51,24 @@ def bench(subjects: tuple[str, ...], engines: str, batches: tuple[int, ...], **o
     if options["as_json"]:
         print_json([{"subject": name, **timing.model_dump(mode="json")} for name, timing in rows])
         return 0
-    table = Table("subject", "engine", "batch", "threads", "images/s", "95 %", "ratio", "95 %")
-    for name, t in rows:
-        ratio = "" if t.ratio is None else f"{t.ratio:.2f}"
-        spread = (
-            "" if t.ratio_interval is None else f"[{t.ratio_interval.low:.2f}, {t.ratio_interval.high:.2f}]"
-        )
-        limits = f"[{t.interval.low:,.0f}, {t.interval.high:,.0f}]"
-        setting = t.setting
+    table = Table("subject", "engine", "batch", "threads", "images/s, 95 %", "ratio, 95 %")
+    for name, timing in rows:
+        setting = timing.setting
         table.add_row(
             name,
             setting.engine,
             str(setting.batch),
             f"{setting.threads} in {setting.streams}",
-            f"{t.images_per_s:,.1f}",
-            limits.replace("[", "\\["),
-            ratio,
-            spread.replace("[", "\\["),
+            _with_interval(timing.images_per_s, timing.interval, ",.0f"),
+            "" if timing.ratio is None else _with_interval(timing.ratio, timing.ratio_interval, ".2f"),
         )
     Console().print(table)
     return 0
+
+
+def _with_interval(value: float, interval: Any, form: str) -> str:
+    """Return "value [low, high]", with the bracket escaped for rich."""
+    return f"{value:{form}} \\[{interval.low:{form}}, {interval.high:{form}}]"
 
 
 def _measure(

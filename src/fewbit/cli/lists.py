@@ -75,8 +75,12 @@ def engines(as_json: bool) -> None:
     console.print(f"{host.cpu}: {', '.join(host.isa)}")
     table = Table("engine", "version", *next(iter(found)).precisions)
     for row in found:
-        table.add_row(row.engine, row.version, *row.precisions.values())
+        table.add_row(row.engine, row.version, *(p.partition(":")[0] for p in row.precisions.values()))
     console.print(table)
+    for row in found:
+        for case, precision in row.precisions.items():
+            if precision.startswith("none"):
+                console.print(f"{row.engine}, {case}: {precision}", highlight=False)
 
 
 def version_of(package: str) -> str:

@@ -36,7 +36,11 @@ def _openvino() -> Any:
 
 @cache
 def _core() -> Any:
-    return _openvino().Core()
+    openvino = _openvino()
+    # Two threads that make the first type conversion of a process at once wait for each other for ever
+    # (seen with 2026.4: 14 of 20 processes hung); made once before, it is there for all.
+    openvino.Type.f32.to_dtype()
+    return openvino.Core()
 
 
 class OpenVino:

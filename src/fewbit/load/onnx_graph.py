@@ -89,7 +89,7 @@ class OnnxBuilder(Builder):
 
     def __init__(self, graph: Graph, root: fx.GraphModule, node: onnx.NodeProto) -> None:
         super().__init__(root, clean(name_of(node)), graph.sizes, None, graph.reserved)
-        self.kind, self.graph = node.op_type, graph
+        self.node, self.graph = f"operator {node.op_type}, node '{name_of(node)}'", graph
 
     @property
     def runs(self) -> dict[fx.Node, tuple[Tensor, ...]]:
@@ -160,13 +160,11 @@ class OnnxBuilder(Builder):
 
     def refuse(self, what: str) -> NetworkError:
         """Return the error for a form of an operator that no layer stands for."""
-        return NetworkError(f"operator {self.kind}, node '{self.name}': {what} is not supported")
+        return NetworkError(f"{self.node}: {what} is not supported")
 
     def fixed(self, what: str) -> FixedBatch:
         """Return the error for a node that does not keep the images apart."""
-        return FixedBatch(
-            f"operator {self.kind}, node '{self.name}': {what}; export with a dynamic batch axis"
-        )
+        return FixedBatch(f"{self.node}: {what}; export with a dynamic batch axis")
 
 
 def clean(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,21 +45,27 @@ def load_onnx(card: Card) -> Net:
     model = read_onnx(path)
     check_weights(model, path)
     channels_last = _channels_last(model.graph, card.input.size, path)
-    own = input_dims(model.graph)[0]
-    graph = None
-    for batches in [(own,)] if own else [(2, 3), (1,)]:
-        try:
-            graph = _build(model, path, card.input.size, batches, channels_last)
-            break
-        except FixedBatch as reason:
-            first = reason
-    if graph is None:
-        raise ModelFileError(str(first))
+    graph, own = _read(model, path, card.input.size, channels_last)
     merge_affines(graph)
     net = _net(graph, card)
-    own = own or (1 if batches == (1,) else None)
     check_against_runtime(net, model, path, own, channels_last)
     return net
+
+
+def _read(
+    model: onnx.ModelProto, path: Path, size: tuple[int, int, int], channels_last: bool
+) -> tuple[fx.GraphModule, int | None]:
+    """Return the graph, and the number of images that the file takes, none for any."""
+    own = input_dims(model.graph)[0]
+    if own is not None:
+        return _build(model, path, size, (own,), channels_last), own
+    try:
+        return _build(model, path, size, (2, 3), channels_last), None
+    except FixedBatch as reason:
+        try:
+            return _build(model, path, size, (1,), channels_last), 1
+        except ModelFileError:
+            raise reason from None
 
 
 def _build(
@@ -195,7 +202,9 @@ def check_against_runtime(
         fed = (images.permute(0, 2, 3, 1) if channels_last else images).contiguous().numpy()
         outputs = [session.run(None, {name: fed[at : at + batch]})[0] for at in range(0, count, batch)]
     except Exception as reason:  # onnxruntime's error classes have no common ancestor of their own
-        line = first_line(reason)
+        line = re.sub(
+            r"^\[ONNXRuntimeError\] : \d+ : \w+ : (/\S+:\d+ .*\) (?=[A-Z]))?", "", first_line(reason)
+        )
         raise ModelFileError(f"{path}: ONNX Runtime refuses it ({line}); export it again") from reason
     wanted = np.concatenate(outputs).reshape(count, -1)
     with torch.no_grad():

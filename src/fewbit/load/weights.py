@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,27 +69,32 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_state_dict(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is told below, or is no harm
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as reason:
         raise _missing(path) from reason
     except Exception as reason:
-        text = str(reason)
-        if "weights_only" in text or "Unsupported" in text or "GLOBAL" in text:
+        refused = _refused(str(reason), path)
+        if refused:
             raise NetworkError(
-                f"{path}: is a pickle that is not a plain state dict ({_refused(text)}); nothing in it "
-                "was executed: save model.state_dict() with safetensors"
+                f"{path}: is a pickle that is not a plain state dict ({refused}); nothing in it was "
+                "executed: save model.state_dict() with safetensors"
             ) from reason
-        raise NetworkError(
-            f"{path}: is cut short or damaged ({first_line(reason)}); copy or download it again"
-        ) from reason
+        line = "not written by torch.save" if "weights_only" in str(reason) else first_line(reason)
+        raise NetworkError(f"{path}: is cut short or damaged ({line}); copy or download it again") from reason
 
 
-def _refused(text: str) -> str:
-    """Find in torch's message what it refused to build."""
-    for mark in ("Unsupported global: GLOBAL ", "Unsupported class ", "Unsupported operand "):
-        if mark in text:
-            return "it asks for " + text.split(mark, 1)[1].split()[0]
-    return "TorchScript archive" if "TorchScript" in text else "it holds other objects"
+def _refused(text: str, path: Path) -> str:
+    """Find in torch's message what it refused to build; nothing for a file that is only damaged."""
+    found = re.search(r"nsupported (?:global: GLOBAL|GLOBAL|class) (\S+)", text)
+    if found:
+        return f"it asks for {found[1]}"
+    if "TorchScript" in text:
+        return "a TorchScript archive"
+    with path.open("rb") as file:
+        pickled = file.read(2) in (b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    return "not written by torch.save" if pickled and "Unsupported operand" in text else ""
 
 
 def _missing(path: Path) -> NetworkError:

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from fewbit import ops
 from fewbit.errors import RecipeError, suggest
-from fewbit.net import Layer, Net, add_layer
+from fewbit.net import Layer, Net, add_layer, name_of
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.place.targets import Target
 from fewbit.spec import QuantSpec, Rule, Scheme
@@ -171,7 +171,7 @@ def _place_dynamic(net: Net, plan: _Plan, matrices: list[Layer]) -> int:
             spec = plan.activation_spec(layer.name)
             with net.graph.graph.inserting_after(source):
                 name = f"quantizers.{source.name}"
-                made[source] = add_layer(net.graph, name, DynamicQuantizer(spec, source.name), source)
+                made[source] = add_layer(net.graph, name, DynamicQuantizer(spec, name_of(source)), source)
         layer.node.replace_input_with(source, made[source])
     return len(made)
 
@@ -186,7 +186,7 @@ def _place_static(net: Net, plan: _Plan) -> int:
         first = root not in made
         if first:
             layer = plan.layers.get(root)
-            made[root] = Quantizer(plan.activation_spec(layer.name if layer else "input"), root.name)
+            made[root] = Quantizer(plan.activation_spec(layer.name if layer else "input"), name_of(root))
             net.graph.add_submodule(f"quantizers.{root.name}", made[root])
         users = list(node.users)
         with net.graph.graph.inserting_after(node):

@@ -53,6 +53,7 @@ def simulate_recorded(net: Net, x: Tensor) -> tuple[Tensor, dict[str, NDArray[np
 class _Simulation(fx.Interpreter):
     def __init__(self, net: Net) -> None:
         super().__init__(net.graph)
+        self.extra_traceback = False  # an error stays one line
         self.codes: dict[str, NDArray[np.int64]] = {}
         self.layers = {layer.node: layer for layer in net.layers()}
         self.grids: dict[fx.Node, tuple[Quantizer | DynamicQuantizer, Any]] = {}
@@ -102,20 +103,24 @@ def _matrix(module: QuantLayer, x: Tensor, grid: tuple[Quantizer | DynamicQuanti
     if isinstance(quantizer, DynamicQuantizer):
         sums = _exact(module, x, codes).numpy()
         own = nx.multiply(sums.astype(np.float32), value.numpy().reshape(-1, *[1] * (sums.ndim - 1)))
-        result = nx.multiply(own, _column(weights.scale, sums.ndim))
-        return torch.from_numpy(result if bias is None else nx.add(result, _column(module.bias, sums.ndim)))
+        result = nx.multiply(own, _column(weights.scale, module, sums.ndim))
+        if bias is not None:
+            result = nx.add(result, _column(module.bias, module, sums.ndim))
+        return torch.from_numpy(result)
     _, zero_point = quantizer.grid(value.dim())
     sums = _exact(module, value - zero_point, codes).numpy()
     whole = None if bias is None else nx.quantize_bias(bias, quantizer.scale.numpy(), weights.scale.numpy())
+    axis = 1 if isinstance(module, nn.Conv2d) else -1
     return torch.from_numpy(
-        nx.rescale_accumulator(sums, quantizer.scale.numpy(), weights.scale.numpy(), bias_codes=whole)
+        nx.rescale_accumulator(sums, quantizer.scale.numpy(), weights.scale.numpy(), whole, axis=axis)
     )
 
 
-def _column(values: Any, rank: int) -> NDArray[Any]:
-    """Shape one value a channel to broadcast over (N, O, ...)."""
+def _column(values: Any, module: QuantLayer, rank: int) -> NDArray[Any]:
+    """Shape one value a channel to broadcast over (N, O, H, W), or over (..., O) of a matrix product."""
     array: NDArray[Any] = values.detach().numpy()
-    return array.reshape(-1, *[1] * (rank - 2)) if array.ndim else array
+    behind = [1] * (rank - 2) if isinstance(module, nn.Conv2d) else []
+    return array.reshape(-1, *behind) if array.ndim else array
 
 
 def _exact(module: QuantLayer, x: Tensor, weight: Tensor) -> Tensor:
@@ -154,6 +159,17 @@ def _average_pool(m: Any, x: NDArray[Any]) -> NDArray[Any]:
         for v in (m.kernel_size, m.stride or m.kernel_size, m.padding)
     )
     return nx.average_pool(x, kernel, strides, padding * 2, bool(m.ceil_mode), bool(m.count_include_pad))
+
+
+def _softplus(m: Any, x: NDArray[Any]) -> NDArray[Any]:
+    if m.beta == 1:
+        return nx.softplus(x)
+    return nx.multiply(nx.softplus(nx.multiply(x, np.float32(m.beta))), np.float32(1 / m.beta))
+
+
+def _lrn(m: Any, x: NDArray[Any]) -> NDArray[Any]:
+    turn = slice(None, None, 1 if m.size % 2 else -1)  # see the exporter
+    return nx.local_response_norm(x[:, turn], m.size, m.alpha, m.beta, m.k)[:, turn]
 
 
 def _batch_norm(m: Any, x: NDArray[Any]) -> NDArray[Any]:
@@ -195,7 +211,7 @@ _DEFINED: Mapping[str, Callable[..., NDArray[Any]]] = {
     "Div": lambda m, a, b: nx.divide(a, b),
     "Affine": _affine,
     "LeakyRelu": lambda m, x: nx.leaky_relu(x, m.negative_slope),
-    "PRelu": lambda m, x: nx.prelu(x, m.weight.detach().numpy().reshape(-1, 1, 1)),
+    "PRelu": lambda m, x: nx.prelu(x, m.weight.detach().numpy().reshape(-1, *[1] * (x.ndim - 2))),
     "Elu": lambda m, x: nx.elu(x, m.alpha),
     "Gelu": lambda m, x: nx.gelu(x, m.approximate),
     "Tanh": lambda m, x: nx.tanh(x),
@@ -204,9 +220,10 @@ _DEFINED: Mapping[str, Callable[..., NDArray[Any]]] = {
     "Silu": lambda m, x: nx.silu(x),
     "HardSwish": lambda m, x: nx.hard_swish(x),
     "Mish": lambda m, x: nx.mish(x),
-    "Softplus": lambda m, x: nx.softplus(x),
+    "Softplus": _softplus,
     "Softmax": lambda m, x: nx.softmax(x, m.dim),
-    "LRN": lambda m, x: nx.local_response_norm(x, m.size, m.alpha, m.beta, m.k),
+    "LogSoftmax": lambda m, x: nx.log_softmax(x, m.dim),
+    "LRN": _lrn,
     "AvgPool": _average_pool,
     "GlobalAvgPool": lambda m, x: nx.mean(x, (2, 3)),
     "Mean": lambda m, x: nx.mean(x, m.dims, m.keepdim),

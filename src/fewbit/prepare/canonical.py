@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fewbit import ops
 from fewbit.net import Net, add_layer
@@ -163,9 +163,13 @@ def _set_module(net: Net, name: str, module: nn.Module) -> None:
     setattr(net.graph.get_submodule(parent), leaf, module)
 
 
-def example_gap(net: Net, other: Net, seed: int = 0) -> float:
-    """Return how far two networks' logits on a random image differ, relative to the largest logit."""
+def example_logits(net: Net, seed: int = 0) -> Tensor:
+    """Return a network's logits (1, classes) on a random image, to see what a step changed."""
     image = torch.rand((1, *net.input_size), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        a, b = net(image), other(image)
-    return float((a - b).abs().max() / a.abs().max().clamp(min=1e-6))
+        return net(image)
+
+
+def relative_gap(expected: Tensor, found: Tensor) -> float:
+    """Return the largest difference of two tensors, relative to the largest expected value."""
+    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-6))

@@ -59,6 +59,7 @@ class _Rank(fx.Interpreter):
 
     def __init__(self, net: Net, wanted: fx.Node) -> None:
         super().__init__(net.graph)
+        self.extra_traceback = False  # an error stays one line
         self.wanted, self.rank = wanted, 0
 
     def run_node(self, n: fx.Node) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from fewbit import ops
 from fewbit.errors import DataError, RecipeError
 from fewbit.net import Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer, QuantLinear
 from fewbit.ranges.range_finder import RangeFinder, RangeMethod
 from fewbit.ranges.weights import find_weight_range
 from fewbit.registry import find
-from fewbit.spec import QuantSpec
 from fewbit.step import Context, Step, StepReport
 
 _INT32_MAX = 2**31 - 1
@@ -71,7 +72,9 @@ def method(name: str, options: Mapping[str, Any]) -> RangeMethod:
 def set_weight_grid(layer: QuantLayer, weight_method: RangeMethod) -> None:
     """Give a layer's weight its grid."""
     quantizer = layer.weight_quantizer
-    found = find_weight_range(layer.weight.detach(), quantizer.spec, quantizer.axis, weight_method)
+    found = find_weight_range(
+        layer.weight.detach(), quantizer.spec, quantizer.axis, weight_method, quantizer.name
+    )
     quantizer.set_range(found.low, found.high)
 
 
@@ -102,7 +105,10 @@ def _derives(net: Net, node: fx.Node, group: set[fx.Node]) -> str:
     assert isinstance(source, fx.Node)
     if not any(reader in group for reader in source.all_input_nodes):
         return ""
-    return "Concat" if net.layer(str(source.target)).kind == "Concat" else "moved"
+    layer = net.layer(str(source.target))
+    if isinstance(layer.module, ops.Pad) and layer.module.value and math.isfinite(layer.module.value):
+        return ""  # it adds a value of its own
+    return "Concat" if layer.kind == "Concat" else "moved"
 
 
 def _sources(node: fx.Node, group: set[fx.Node]) -> set[fx.Node]:
@@ -121,6 +127,7 @@ class _Observer(fx.Interpreter):
 
     def __init__(self, net: Net, finders: Mapping[fx.Node, RangeFinder]) -> None:
         super().__init__(net.graph)
+        self.extra_traceback = False  # an error stays one line
         self.finders = finders
 
     def run_node(self, n: fx.Node) -> Any:
@@ -209,8 +216,3 @@ def _hold_biases(net: Net) -> tuple[str, ...]:
             quantizer.scale = torch.maximum(quantizer.scale.double(), need).float()
             notes.append(f"{layer.name}: {int(low.sum())} weight grids widened so that the bias fits int32")
     return tuple(notes)
-
-
-def spec_of(module: QuantLayer) -> QuantSpec:
-    """Return the grid of a quantized layer's weight."""
-    return module.weight_quantizer.spec

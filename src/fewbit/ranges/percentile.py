@@ -24,7 +24,7 @@ class Percentile(Frozen):
     less than a bin: at most ``max |x| / (bins / 2)``. Percentile 100 is min-max, exactly.
 
     Source: H. Wu et al., Integer Quantization for Deep Learning Inference: Principles and Empirical
-        Evaluation, 2020, arXiv 2004.09602, section 3.2.
+        Evaluation, 2020, arXiv 2004.09602.
     Differs: taken from a histogram of all values, in one pass. A tensor of which more than `percentile` % are
         exactly zero takes its extremes, for the percentile would make all of it zero.
 

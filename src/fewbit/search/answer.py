@@ -70,8 +70,8 @@ def _advice(view: Standing, budget: Budget, nearest: Trial) -> str:
     base = view.float_trial(nearest.network)
     if budget.of_accuracy and base is not None and not _meets(view, budget, measured(base)):
         points = 100 * budget.excess(measured(base))
-        near = "its interval reaches past the limit" if points <= 0 else f"by {points:.2g} points"
-        texts.append(f"{base.network} in float32 itself misses {budget.text} ({near})")
+        how = f"by {points:.2g} points" if points > 0 else "at the confidence asked for"
+        texts.append(f"{base.network} in float32 itself misses {budget.text} {how}")
     known = [t for t in view.trials if t.state == "measured" and budget.value(measured(t)) is not None]
     first = min(known, key=lambda t: (budget.excess(measured(t)), -view.value(t), t.key), default=None)
     fast = max(known, key=lambda t: (view.value(t), t.key), default=None)

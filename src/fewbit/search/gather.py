@@ -66,6 +66,8 @@ def identity(
         "batch": ",".join(str(batch) for batch in sorted(options.batches)),
         "threads": str(options.threads or host.cores),
         "seed": str(options.seed),
+        "number of calibration images": str(options.calibration_images),
+        "holdout fraction": str(options.holdout_fraction),
     }
     found |= {name: versions[name] for name in ("torch", "onnxruntime", "openvino") if name in versions}
     for bench in benches:

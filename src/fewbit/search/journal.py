@@ -174,14 +174,15 @@ class Journal:
 
     def _check(self, identity: dict[str, str]) -> None:
         known: dict[str, str] = json.loads(self._get("identity") or "{}")
-        for name, was in known.items():
-            if name not in identity:
+        gone = [name for name in known if name not in identity]
+        if gone:
+            raise JournalError(
+                f"{self.path}: is the journal of {gone[0]}, which is not given now; {_ANOTHER}"
+            )
+        for name, now in identity.items():
+            if known.get(name, now) != now:
                 raise JournalError(
-                    f"{self.path}: is the journal of {name}, which is not given now; {_ANOTHER}"
-                )
-            if identity[name] != was:
-                raise JournalError(
-                    f"{self.path}: {name} was {was} when it was made, now it is {identity[name]}; {_ANOTHER}"
+                    f"{self.path}: {name} was {known[name]} when it was made, now it is {now}; {_ANOTHER}"
                 )
         new = [name for name in identity if name not in known and not name.startswith("network ")]
         if known and new:

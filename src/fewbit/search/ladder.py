@@ -167,7 +167,7 @@ def float_layers(view: Standing, ranking: Ranking) -> Proposal | None:
                 engine=pair.engine,
                 recipe=f"{base}-float{count}",
                 base=base,
-                float_precision="bf16" if pair.engine in view.terms.bf16_engines else "float32",
+                float_precision="bf16" if view.bf16_holds(pair) else "float32",
                 keep_float=layers[:count],
             )
     return None

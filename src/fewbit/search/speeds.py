@@ -18,7 +18,7 @@ from fewbit.search.journal import Journal
 from fewbit.search.settings import first_stage, second_stage
 from fewbit.search.standing import Terms
 
-_SURVEY_S = 1.5
+_SURVEY_S, _SURVEY_CALLS = 1.5, 6
 _SURVEYS = TypeAdapter(tuple[Surveyed, ...])
 
 
@@ -118,7 +118,9 @@ class Speeds:
     def best(self, surveyed: Sequence[Surveyed]) -> Setting:
         """Return the best setting of a survey, of those inside the budgets of latency where there are any."""
         inside = [
-            s for s in surveyed if s.rounds and all(b.holds(s.ms_per_batch) for b in self._latency_budgets())
+            s
+            for s in surveyed
+            if s.images_per_s and all(b.holds(s.ms_per_batch) for b in self._latency_budgets())
         ]
         return (inside or list(surveyed))[0].setting
 
@@ -213,12 +215,20 @@ class Speeds:
             except EngineError as error:
                 reasons.append(str(error))
         goal: Goal = "latency" if self.terms.objective == "latency" else "throughput"
-        found = tuple(survey(sessions, _SURVEY_S * self.pace, 1, self.seed, goal=goal)) if sessions else ()
-        if not any(s.rounds for s in found):
-            raise EngineError(
-                next((s.reason for s in found if s.reason), reasons[0] if reasons else "it did not run")
-            )
+        found = tuple(survey(sessions, self._survey_s(sessions), 1, self.seed, goal=goal)) if sessions else ()
+        if not any(s.images_per_s for s in found):
+            reasons = [s.reason for s in found if s.reason] + reasons
+            raise EngineError(reasons[0] if reasons else f"{path.name}: it did not run")
         return found
+
+    def _survey_s(self, sessions: Sequence[RemoteSession]) -> float:
+        """The usual time, or more where a large network would not get a few calls of each setting."""
+        try:
+            call = sessions[0].time_block(0.0)
+        except EngineError:  # the survey says so of each candidate
+            return _SURVEY_S * self.pace
+        images = sum(s.setting.batch * s.setting.streams for s in sessions)
+        return max(_SURVEY_S * self.pace, _SURVEY_CALLS * images * call.seconds / call.images)
 
     def _latency_budgets(self) -> list[Budget]:
         return [b for b in self.terms.budgets if b.measure == "latency"]

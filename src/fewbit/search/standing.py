@@ -177,6 +177,13 @@ class Standing:
             return True
         return any(b.of_accuracy and b.hopeless(measured(trial)) for b in self.terms.budgets)
 
+    def bf16_holds(self, pair: Pair) -> bool:
+        """Say whether bfloat16 was measured there and is inside the budgets of accuracy."""
+        trial = self.find(pair.network, pair.engine, "bf16")
+        if trial is None or trial.state != "measured":
+            return False
+        return all(b.excess(measured(trial)) <= 0 for b in self.terms.budgets if b.of_accuracy)
+
     # Int8
 
     def int8_trials(self, pair: Pair) -> list[Trial]:

@@ -27,6 +27,7 @@ class _Outputs(fx.Interpreter):
 
     def __init__(self, net: Net, names: set[str]) -> None:
         super().__init__(net.graph)
+        self.extra_traceback = False  # an error stays one line
         self.names = names
         self.kept: dict[str, Tensor] = {}
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,46 +9,7 @@ from torch.nn import functional as F
 
 from fewbit.errors import NetworkError, RecipeError
 from fewbit.load.capture import capture
-from fewbit.net import Net
-
-SIZE = (3, 8, 8)
-
-
-class Body(nn.Module):
-    """A function of (N, 6, 8, 8), with the parts that it uses, between a stem and a classifier."""
-
-    def __init__(self, function: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-        with torch.no_grad():
-            features = torch.flatten(self.function(self, torch.zeros(2, 6, 8, 8)), 1).shape[1]
-        self.head = nn.Linear(features, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.flatten(self.function(self, self.stem(x)), 1))
-
-
-def body(function: Callable[..., Tensor], **parts: Any) -> Body:
-    torch.manual_seed(0)
-    return Body(function, **parts)
-
-
-def captured(model: nn.Module, size: tuple[int, int, int] = SIZE) -> Net:
-    """Capture, and check that the Net computes what the model does for other images and counts of them."""
-    net = capture(model, "net", size)
-    for count in (1, 5):
-        images = torch.randn((count, *size), generator=torch.Generator().manual_seed(count))
-        with torch.no_grad():
-            expected = model.eval()(images.clone())
-            torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-6)
-    return net
-
-
-def kinds(net: Net) -> list[str]:
-    return [layer.kind for layer in net.layers()][1:-1]
+from small_models import SIZE, Body, body, captured, kinds
 
 
 def inplace_twice(self: Any, x: Tensor) -> Tensor:
@@ -256,7 +215,7 @@ def test_a_view_changed_in_place_is_refused() -> None:
         return x
 
     with pytest.raises(
-        NetworkError, match="net: the captured network differs from the model by .* change a view"
+        NetworkError, match=r"net: the captured network differs from the model by .* change a view"
     ):
         capture(body(function), "net", SIZE)
 
@@ -426,167 +385,3 @@ def test_auxiliary_heads_of_training_are_left_out() -> None:
     net = captured(Model())
     assert net.facts == {"eval_only"}
     assert [layer.name for layer in net.layers()] == ["flatten", "fc"]
-
-
-# ------------------------------------------------------------------------------------------- refusals
-
-REFUSED: list[tuple[str, Callable[..., Tensor], str]] = [
-    (
-        "a branch on values",
-        lambda s, x: x if x.sum() > 0 else -x,
-        "net: cannot be captured (symbolically traced .*its forward must not depend on the values of a tensor",
-    ),
-    (
-        "item",
-        lambda s, x: x * x.max().item(),
-        "net: cannot be captured (it reads the values of a tensor by 'item'); its forward",
-    ),
-    ("float", lambda s, x: x * float(x.abs().max()), "net: cannot be captured ("),
-    (
-        "unknown operation",
-        lambda s, x: x.cumsum(1),
-        "net: layer 'cumsum': operation 'cumsum' is not supported; rewrite it with the operations listed in docs/networks.md",
-    ),
-    ("power", lambda s, x: x**2, "net: layer 'pow': operation 'pow' is not supported"),
-    (
-        "constant over tensor",
-        lambda s, x: 1 / (x + 9),
-        "net: layer 'truediv': a constant divided by a tensor is not supported",
-    ),
-    (
-        "odd pool",
-        lambda s, x: F.adaptive_avg_pool2d(x, 3),
-        "net: layer 'adaptive_avg_pool2d': adaptive average pooling of 8x8 to 3x3 (not a whole factor) is not supported",
-    ),
-    (
-        "reflect",
-        lambda s, x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
-        "net: layer 'pad': padding mode 'reflect' is not supported",
-    ),
-    (
-        "bilinear",
-        lambda s, x: F.interpolate(x, size=16, mode="bilinear"),
-        "net: layer 'interpolate': interpolation mode 'bilinear' of 8x8 to 16x16",
-    ),
-    ("always dropping", lambda s, x: F.dropout(x, 0.5, True), "net: layer 'dropout': dropout in evaluation"),
-    (
-        "batch statistics",
-        lambda s, x: F.batch_norm(x, None, None, training=True),
-        "net: layer 'batch_norm': BatchNorm with the statistics of the batch",
-    ),
-    (
-        "half precision",
-        lambda s, x: x.to(torch.float64).to(torch.float32),
-        "net: layer 'to': a cast to torch.float64 is not supported",
-    ),
-    (
-        "mean over images",
-        lambda s, x: x - x.mean(0),
-        "net: layer 'mean' returns (6, 8, 8) for 2 images and (6, 8, 8) for 3; one axis must grow",
-    ),
-    (
-        "another image",
-        lambda s, x: x + x[:1],
-        "net: layer 'getitem' returns (1, 6, 8, 8) for 2 images and (1, 6, 8, 8) for 3",
-    ),
-    ("rolled images", lambda s, x: torch.cat((x[1:], x[:1])), "net: layer 'getitem' returns"),
-    (
-        "softmax over images",
-        lambda s, x: x.softmax(0),
-        "net: layer 'softmax': softmax over the batch is not supported",
-    ),
-    (
-        "the number of images",
-        lambda s, x: x * x.size(0),
-        "net: the captured network differs from the model by",
-    ),
-    (
-        "expanded",
-        lambda s, x: x[:, :1].expand(-1, 6, -1, -1).relu(),
-        "net: layer 'relu': expanding a tensor for anything but arithmetic is not supported",
-    ),
-    (
-        "another way for more images",
-        lambda s, x: x.relu() if len(x) > 2 else x,
-        "net: cannot be captured (it does other things for 3 images than for 2)",
-    ),
-]
-
-
-@pytest.mark.parametrize(("function", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
-def test_what_no_layer_stands_for_is_refused_by_name(function: Callable[..., Tensor], message: str) -> None:
-    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
-    with pytest.raises(NetworkError, match=pattern) as error:
-        capture(body(function), "net", SIZE)
-    assert "\n" not in str(error.value)
-
-
-def test_module_that_no_layer_stands_for() -> None:
-    model = body(lambda s, x: s.norm(x), norm=nn.GroupNorm(2, 6))
-    with pytest.raises(
-        NetworkError, match="net: layer 'norm': module GroupNorm is not supported; rewrite it"
-    ):
-        capture(model, "net", SIZE)
-
-
-def test_batch_norm_without_running_statistics() -> None:
-    model = body(lambda s, x: s.bn(x), bn=nn.BatchNorm2d(6, track_running_stats=False))
-    with pytest.raises(NetworkError, match="layer 'bn': BatchNorm with the statistics of the batch"):
-        capture(model, "net", SIZE)
-
-
-def test_convolution_with_other_padding() -> None:
-    model = body(lambda s, x: s.conv(x), conv=nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular"))
-    with pytest.raises(NetworkError, match="layer 'conv': padding mode 'circular' is not supported"):
-        capture(model, "net", SIZE)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (
-            nn.Conv2d(3, 4, 3),
-            r"net: returns shape \(3, 4, 6, 6\) for 3 images; a classifier returns logits \(N, classes\)",
-        ),
-        (
-            nn.Conv2d(4, 4, 3),
-            r"net: refuses images of size \(3, 8, 8\) \(Given groups=1, .*\); set \[input\] size",
-        ),
-    ],
-)
-def test_model_that_is_no_classifier_of_these_images(model: nn.Module, message: str) -> None:
-    with pytest.raises(NetworkError, match=message):
-        capture(model, "net", SIZE)
-
-
-def test_model_that_returns_a_tuple() -> None:
-    class Model(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x.flatten(1), x
-
-    with pytest.raises(NetworkError, match="net: returns a tuple for 3 images; a classifier returns logits"):
-        capture(Model(), "net", SIZE)
-
-
-def test_number_of_classes() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
-    with pytest.raises(
-        NetworkError, match=r"net: returns 5 classes, the card says 10; set \[network\] classes = 5"
-    ):
-        capture(model, "net", SIZE, classes=10)
-
-
-def test_logits_that_are_not_finite() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
-    nn.init.constant_(model[1].bias, float("inf"))
-    with pytest.raises(
-        NetworkError, match="net: its logits are not finite on a random image; check its weights"
-    ):
-        capture(model, "net", SIZE)
-
-
-def test_half_precision_model_is_captured_in_float32() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).half()
-    net = capture(model, "net", SIZE)
-    assert net.layer("1").module.weight.dtype == torch.float32
-    assert model[1].weight.dtype == torch.float16

@@ -1,0 +1,343 @@
+"""Whole searches on a tiny network: real recipes, files, engines and processes."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fewbit.data.images import open_images
+from fewbit.errors import BudgetError, CardError, InputError, JournalError
+from fewbit.load.card import read_card
+from fewbit.recipe import Recipe
+from fewbit.search.budget import parse_budget
+from fewbit.search.gather import gather
+from fewbit.search.journal import FILE
+from fewbit.search.options import StudyOptions
+from fewbit.search.study import read_study, run_study
+from fewbit.search.trial import StudyRecord
+from fewbit.search.watch import Event
+from small_search import CLASSES, make_card, make_images, options
+
+IMAGES = 480
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("study")
+    make_card(root)
+    make_images(root / "images", images=IMAGES)
+    return root
+
+
+@pytest.fixture(scope="module")
+def events() -> list[Event]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def given(folder: Path) -> StudyOptions:
+    return options(
+        folder, (read_card(folder / "tiny.toml"),), "top1-drop<=12%", command="fewbit search tiny.toml"
+    )
+
+
+@pytest.fixture(scope="module")
+def study(given: StudyOptions, events: list[Event]) -> StudyRecord:
+    return run_study(given, events.append)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_it_finds_a_network_and_says_how_it_was_measured(study: StudyRecord) -> None:
+    answer = study.answer
+    assert answer is not None and answer.found and answer.advice == ""
+    assert answer.timing.ratio is not None and answer.timing.ratio_interval is not None
+    assert answer.float_setting.float_precision == "float32"
+    assert [check.budget for check in answer.checks] == ["top1-drop<=12%"]
+    assert answer.confirmation.key == answer.key
+    assert answer.confirmation.accuracy.total == study.data.holdout
+    assert all(check.met for check in answer.confirmation.checks)
+
+
+def test_no_image_does_two_things(study: StudyRecord, given: StudyOptions) -> None:
+    (bench,), data = gather(given, lambda *_: None)
+    images = bench.images
+    parts = [set(images.part(part).names) for part in ("calibration", "search", "holdout")]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == IMAGES
+    assert [len(part) for part in parts] == [data.calibration, data.search, data.holdout]
+    assert len(images.calibration) == 48
+    counts = sorted(images.calibration.targets.tolist().count(label) for label in range(CLASSES))
+    assert counts[-1] - counts[0] <= 1
+    for trial in study.trials:
+        if trial.state == "measured":
+            assert trial.accuracy is not None and trial.accuracy.total == data.search
+
+
+def test_every_rung_that_must_come_came(study: StudyRecord) -> None:
+    ran = {(t.setting.engine, t.recipe) for t in study.trials}
+    assert {(e, r) for e in ("onnxruntime", "openvino") for r in ("float32", "int8")} <= ran
+    assert len({t.key for t in study.trials}) == len(study.trials)
+    for trial in study.trials:
+        assert trial.state == "measured" or trial.reason
+        if trial.state == "measured":
+            assert trial.timing is not None and trial.timing.ratio is not None
+            assert trial.placement is not None and trial.bytes > 0
+        if trial.recipe == "int8" and trial.state == "measured":
+            assert [r.kind for r in trial.layers if r.precision == "int8"].count("Conv") == 3
+            assert trial.placement is not None and not trial.placement.float_matrix_operators()
+
+
+def test_the_survey_tried_batches_and_streams(study: StudyRecord) -> None:
+    trial = next(t for t in study.trials if t.recipe == "float32")
+    tried = {(s.setting.batch, s.setting.streams) for s in trial.survey}
+    assert {batch for batch, _ in tried} == {1, 8} and {streams for _, streams in tried} == {1, 2}
+    assert trial.setting == trial.survey[0].setting
+
+
+def test_float32_is_the_same_on_both_engines(study: StudyRecord) -> None:
+    first, second = (t for t in study.trials if t.recipe == "float32")
+    assert first.accuracy == second.accuracy
+    assert first.accuracy is not None and 0.8 < first.accuracy.top1 < 1
+    assert first.versus_float is not None and first.versus_float.label_changes == 0
+
+
+def test_best_is_the_file_that_was_measured(study: StudyRecord, given: StudyOptions) -> None:
+    assert study.answer is not None
+    trial = next(t for t in study.trials if t.key == study.answer.key)
+    files = {_digest(path) for path in (given.out / "files").glob("*.onnx")}
+    best = given.out / "best" / "model.onnx"
+    assert best.stat().st_size == trial.bytes and _digest(best) in files
+    text = (given.out / "best" / "recipe.toml").read_text()
+    assert text == trial.recipe_toml and Recipe.from_toml(text).name == trial.recipe
+    assert not [p for p in given.out.rglob(".*") if p.is_file()]
+
+
+def test_the_watcher_is_told_in_order(study: StudyRecord, events: list[Event]) -> None:
+    ends = [e.trial for e in events if e.kind == "end"]
+    assert tuple(ends) == study.trials
+    assert sum(e.kind == "begin" for e in events) == len(ends)
+    assert [e.text for e in events if e.kind == "rung"][:1] == ["float32"]
+    assert events[-1].kind == "answer" and events[-1].fraction == 1.0 and events[-1].seconds_left == 0
+    fractions = [e.fraction for e in events]
+    assert fractions == sorted(fractions)
+
+
+def test_the_record_is_read_from_the_journal(study: StudyRecord, given: StudyOptions) -> None:
+    assert read_study(given.out) == study
+    assert study.command == "fewbit search tiny.toml"
+
+
+def test_resuming_a_finished_search_measures_nothing(study: StudyRecord, given: StudyOptions) -> None:
+    told: list[Event] = []
+    again = run_study(replace(given, resume=True), told.append)
+    assert not [e for e in told if e.kind in ("begin", "end")]
+    assert again.trials == study.trials and again.answer == study.answer
+
+
+def test_a_new_search_does_not_overwrite_an_old_one(study: StudyRecord, given: StudyOptions) -> None:
+    with pytest.raises(JournalError, match="there is a study already"):
+        run_study(given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed was 0 when it was made, now it is 1"),
+        ({"batches": (1, 4)}, "batch was 1,8 when it was made, now it is 1,4"),
+        ({"objective": "size"}, "objective was throughput when it was made, now it is size"),
+        ({"calibration_images": 24}, "number of calibration images was 48 when it was made"),
+    ],
+)
+def test_a_journal_of_another_study_is_refused(
+    study: StudyRecord, given: StudyOptions, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(JournalError) as error:
+        run_study(replace(given, resume=True, **change))  # type: ignore[arg-type]
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_journal_of_other_weights_is_refused(
+    study: StudyRecord, given: StudyOptions, tmp_path: Path
+) -> None:
+    other = make_card(tmp_path, "tiny", width=12)
+    with pytest.raises(JournalError, match=r"network tiny was \w+ when it was made, now it is \w+"):
+        run_study(replace(given, cards=(other,), resume=True))
+
+
+def test_another_budget_keeps_what_was_measured(
+    study: StudyRecord, given: StudyOptions, folder: Path
+) -> None:
+    """A budget that nobody can meet, on the same journal: the nearest network, and what would meet it."""
+    told: list[Event] = []
+    hard = replace(given, budgets=(parse_budget("top1-error<=1%"),), resume=True)
+    again = run_study(hard, told.append)
+    kept = [t for t in study.trials if t.state == "measured"]
+    assert list(again.trials[: len(kept)]) == kept
+    assert not {e.trial.key for e in told if e.trial is not None} & {t.key for t in kept}
+    answer = again.answer
+    assert answer is not None and not answer.found
+    assert "float32 itself misses top1-error<=1% by " in answer.advice
+    assert "top1-error<=" in answer.advice and "would be met by tiny" in answer.advice
+    nearest = next(t for t in again.trials if t.key == answer.key)
+    assert nearest.accuracy == max((t.accuracy for t in again.trials if t.accuracy), key=lambda a: a.top1)
+    assert (given.out / "best" / "model.onnx").stat().st_size == nearest.bytes
+    back = run_study(replace(given, resume=True))
+    assert back.answer is not None and back.answer.found
+
+
+@pytest.fixture
+def fresh(folder: Path, tmp_path: Path) -> Iterator[StudyOptions]:
+    yield options(folder, (read_card(folder / "tiny.toml"),), "top1-drop<=12%", out=tmp_path / "out")
+
+
+def test_an_engine_that_dies_costs_one_trial(fresh: StudyOptions) -> None:
+    killed: list[str] = []
+
+    def kill_once(event: Event) -> None:
+        if "int8 on openvino: search images" in event.text and not killed:
+            killed.append(event.text)
+            for child in psutil.Process().children():
+                if "openvino" in " ".join(child.cmdline()):
+                    child.kill()
+
+    study = run_study(replace(fresh, batches=(8,)), kill_once)
+    failed = [t for t in study.trials if t.state == "failed"]
+    assert killed and [(t.setting.engine, t.recipe) for t in failed] == [("openvino", "int8")]
+    assert "openvino crashed" in failed[0].reason and "\n" not in failed[0].reason
+    assert study.answer is not None and study.answer.found
+    assert not psutil.Process().children()
+
+
+def test_ended_after_one_trial_it_is_not_empty_handed(fresh: StudyOptions) -> None:
+    study = run_study(replace(fresh, trials=1, engines=("onnxruntime",), batches=(8,)))
+    assert [t.recipe for t in study.trials] == ["float32"]
+    assert study.answer is not None and study.answer.found and study.answer.key == study.trials[0].key
+    assert study.notes == ("ended after 1 trials, as asked by --trials; --resume goes on",)
+    more = run_study(replace(fresh, engines=("onnxruntime",), batches=(8,), resume=True))
+    assert more.trials[0] == study.trials[0] and len(more.trials) > 1
+
+
+def test_no_time_at_all_still_measures_one(fresh: StudyOptions) -> None:
+    study = run_study(replace(fresh, minutes=0.001, engines=("onnxruntime",), batches=(8,)))
+    assert [t.recipe for t in study.trials] == ["float32"]
+    assert study.answer is not None and study.answer.found
+    assert "as asked by --minutes" in study.notes[0]
+
+
+@pytest.mark.parametrize(("right", "said"), [(0, "as its card expects"), (40, "check scale, mean, std")])
+def test_what_the_card_expects_is_told_first(
+    fresh: StudyOptions, folder: Path, right: int, said: str
+) -> None:
+    card = folder / "expecting.toml"
+    counted = _float32_right(fresh)
+    text = (folder / "tiny.toml").read_text()
+    card.write_text(
+        f'{text}\n[expected]\ndata = "images"\nimages = {IMAGES}\n'
+        f"top1_correct = {counted[0] - right}\ntop5_correct = {counted[1]}\n"
+    )
+    told: list[Event] = []
+    more = {"cards": (read_card(card),), "trials": 1, "engines": ("onnxruntime",), "batches": (8,)}
+    study = run_study(replace(fresh, **more), told.append)  # type: ignore[arg-type]
+    assert said in study.notes[0]
+    assert f"is right on {counted[0]} (top-5: {counted[1]}) of {IMAGES} images" in study.notes[0]
+    kinds = [e.kind for e in told if e.kind in ("end", "note")]
+    assert kinds[:2] == ["end", "note"]
+
+
+def _float32_right(given: StudyOptions) -> tuple[int, int]:
+    """Count what torch gets right, on all images."""
+    import torch
+
+    from fewbit.data.image_set import ImageSet
+    from fewbit.load.capture import load
+    from fewbit.measure.accuracy import Predictions
+
+    card = given.cards[0]
+    with ImageSet(open_images(given.data), card.input, card.network.classes) as images, torch.no_grad():
+        logits = torch.cat([load(card)(torch.from_numpy(batch)) for batch in images.batches(64)])
+        accuracy = Predictions.from_logits(logits.numpy(), images.targets).accuracy()
+    return accuracy.top1_correct, accuracy.top5_correct
+
+
+def test_images_to_calibrate_may_come_from_elsewhere(fresh: StudyOptions, tmp_path: Path) -> None:
+    other = make_images(tmp_path / "other", images=60, seed=5)
+    (bench,), data = gather(replace(fresh, calibration=other, calibration_images=30), lambda *_: None)
+    assert (data.calibration, data.search + data.holdout) == (30, IMAGES)
+    assert not set(bench.images.calibration.names) <= set(bench.images.search.names)
+
+
+def test_the_same_seed_splits_the_same(fresh: StudyOptions) -> None:
+    (first,), _ = gather(fresh, lambda *_: None)
+    (second,), _ = gather(fresh, lambda *_: None)
+    (third,), _ = gather(replace(fresh, seed=3), lambda *_: None)
+    assert first.images.search.names == second.images.search.names != third.images.search.names
+
+
+def test_two_networks_compete(fresh: StudyOptions, tmp_path: Path) -> None:
+    cards = (fresh.cards[0], make_card(tmp_path, "wide", width=24))
+    given = replace(
+        fresh, cards=cards, engines=("onnxruntime",), batches=(8,), budgets=(parse_budget("top1-error<=20%"),)
+    )
+    study = run_study(given)
+    ran = [(t.network, t.recipe) for t in study.trials]
+    assert ran[:2] == [("tiny", "float32"), ("wide", "float32")]
+    # The images were labelled by the tiny one: the wide one is hopeless and gets no int8.
+    assert ("wide", "int8") not in ran
+    assert study.answer is not None and study.answer.found
+    assert next(t for t in study.trials if t.key == study.answer.key).network == "tiny"
+
+
+def test_a_folder_that_is_a_file(fresh: StudyOptions) -> None:
+    fresh.out.write_text("mine")
+    with pytest.raises(InputError, match=r"out: is a file; give a folder with --out"):
+        run_study(fresh)
+    assert fresh.out.read_text() == "mine"
+
+
+def test_nothing_is_written_where_the_images_cannot_be_used(fresh: StudyOptions, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        run_study(replace(fresh, data=tmp_path / "nowhere"))
+    assert not (fresh.out / FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cards": ()}, "search: no network; give one card or more"),
+        ({"budgets": ()}, 'search: no budget; give one like --budget "top1-drop<=1%"'),
+        ({"engines": ()}, "search: no engine; give one or more"),
+        ({"batches": ()}, "search: no batch; give one or more"),
+        ({"batches": (0, 8)}, "search: batch is 0; give a number above 0"),
+        ({"threads": 0}, "search: threads is 0; give a number above 0"),
+        ({"minutes": -1.0}, "search: minutes is -1.0; give a number above 0"),
+        ({"trials": 0}, "search: trials is 0; give a number above 0"),
+        ({"confidence": 1.0}, "search: confidence is 1.0; give 0.5 up to, not including, 1"),
+        ({"holdout_fraction": 0.0}, "search: holdout fraction is 0.0; give a share inside 0 and 1"),
+    ],
+)
+def test_options_that_cannot_be(fresh: StudyOptions, change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        replace(fresh, **change)  # type: ignore[arg-type]
+    assert str(error.value) == message
+
+
+def test_two_cards_of_one_name(fresh: StudyOptions) -> None:
+    with pytest.raises(CardError, match="two cards are named 'tiny'; give each network a name of its own"):
+        replace(fresh, cards=fresh.cards * 2)
+    with pytest.raises(BudgetError):
+        replace(fresh, budgets=())
+
+
+def test_the_journal_holds_no_trial_twice(study: StudyRecord, given: StudyOptions) -> None:
+    base = sqlite3.connect(given.out / FILE)
+    keys = [row[0] for row in base.execute("SELECT key FROM trials")]
+    base.close()
+    assert len(keys) == len(set(keys)) >= len(study.trials)
