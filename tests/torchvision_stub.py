@@ -35,7 +35,7 @@ def declare_operators() -> None:
 
 def need(package: str) -> None:
     """Skip the test where torchvision or timm is missing; on CI fail."""
-    missing = [name for name in {"torchvision", package} if importlib.util.find_spec(name) is None]
+    missing = [name for name in sorted({"torchvision", package}) if importlib.util.find_spec(name) is None]
     if missing:
         reason = f"needs {' and '.join(missing)}: pip install --no-deps torchvision==0.28.* timm pyyaml"
         if os.environ.get("CI") == "true":

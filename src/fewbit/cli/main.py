@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -22,6 +23,10 @@ COMMANDS: dict[str, str] = {
     "engines": "fewbit.cli.lists:engines",
     "demo": "fewbit.cli.demo:demo",
 }
+# Threads of torch that wait for each other by spinning steal the cores from the engines and from each other: on a
+# busy machine seven times the processor time. It counts only when set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 USAGE, NOTHING_FOUND, ENGINE_FAILED, STOPPED = 2, 3, 4, 130
 
 

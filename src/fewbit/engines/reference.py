@@ -14,13 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fewbit.engines import reference_rounding as rounding
+from fewbit.engines.reference_fusion import fuse
 from fewbit.engines.reference_graph import Coded, Graph, Node, Value, floats, read_graph
 from fewbit.engines.reference_layers import IN_INTEGERS, LAYERS, Arguments
 from fewbit.engines.reference_ops import OPERATORS
 from fewbit.engines.session import PlacedOperator, Placement, Setting
 from fewbit.errors import EngineError, InputError, suggest
 
-TABLE = {**LAYERS, **OPERATORS}
+TABLE = {**LAYERS, **OPERATORS, **rounding.OPERATORS}
+QUANTIZERS = {"QuantizeLinear", "DynamicQuantizeLinear", *rounding.QUANTIZERS}
 
 
 class Reference:
@@ -31,7 +34,7 @@ class Reference:
 
         Args:
             path: An .onnx file of opset 13 to 23.
-            setting: Only `float_precision` matters, which must be float32.
+            setting: Only `float_precision`, which must be float32, and `rounding` matter.
 
         Raises:
             EngineError: It cannot be read, or has an operator that is not known here.
@@ -41,7 +44,7 @@ class Reference:
                 f"{path}: the reference interpreter computes in float32, not {setting.float_precision}; "
                 "set the float precision to float32"
             )
-        return ReferenceSession(read_graph(Path(path)))
+        return ReferenceSession(fuse(read_graph(Path(path)), setting.rounding))
 
 
 class ReferenceSession:
@@ -127,7 +130,7 @@ class ReferenceSession:
                 arguments = _arguments(node, values)
                 found = _outputs(node, _apply(node, arguments))
                 values.update(found)
-                if node.kind in ("QuantizeLinear", "DynamicQuantizeLinear"):
+                if node.kind in QUANTIZERS:
                     codes = record[node.outputs[0]] = floats(found[node.outputs[0]])
                     values[node.outputs[0]] = forced.get(node.outputs[0], codes)
                 placed.extend(_place(node, arguments, found))
@@ -178,9 +181,9 @@ def _outputs(node: Node, found: Value | tuple[Value, ...]) -> dict[str, Value]:
 
 def _place(node: Node, arguments: Arguments, found: dict[str, Value]) -> Iterator[PlacedOperator]:
     """Say what a node just ran in; arithmetic on shapes is left out."""
-    matrix = node.kind in IN_INTEGERS
+    matrix = node.kind in IN_INTEGERS or node.kind in rounding.MATRIX
     if matrix:
-        integers = IN_INTEGERS[node.kind](node, arguments)
+        integers = node.kind in rounding.MATRIX or IN_INTEGERS[node.kind](node, arguments)
     elif any(not isinstance(v, Coded) and v.dtype in (np.int64, np.bool_) for v in found.values()):
         return
     else:

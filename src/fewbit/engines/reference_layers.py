@@ -69,9 +69,7 @@ def conv(node: Node, arguments: Arguments) -> Value:
     if not conv_in_integers(node, arguments):
         bias = None if b is None else floats(b)
         return numerics.convolve_floats(floats(x), floats(w), bias, *geometry, groups)
-    bound = x.reach * w.largest_sum(tuple(range(1, w.codes.ndim)))
-    kind = numerics.exact_float(bound)
-    sums = numerics.convolve(x.centred(kind), w.centred(kind), *geometry, groups)
+    sums, bound = _conv_sums(node, x, w)
     return _rescale(node, sums, x, w, b, bound, 1)
 
 
@@ -103,9 +101,7 @@ def gemm(node: Node, arguments: Arguments) -> Value:
     left: Any = _transposed(a) if node.integer("transA", 0) else a
     right: Any = b if node.integer("transB", 0) else _transposed(b)  # (O, I) from here on
     if gemm_in_integers(node, arguments):
-        bound = left.reach * right.largest_sum((1,))
-        kind = numerics.exact_float(bound)
-        sums = left.centred(kind) @ right.centred(kind).T
+        sums, bound = _matmul_sums(left, right.transposed)
         return _rescale(node, sums, left, right, c, bound, 1)
     return numerics.linear(floats(left), floats(right), None if c is None else floats(c), alpha, beta)
 
@@ -114,13 +110,37 @@ def matmul(node: Node, arguments: Arguments) -> Value:
     """MatMul: as `gemm`, without a bias, of stacks of matrices."""
     a, b = _given(arguments, 2)
     if matmul_in_integers(node, arguments):
-        bound = a.reach * b.largest_sum((b.codes.ndim - 2,))
-        kind = numerics.exact_float(bound)
-        return _rescale(node, a.centred(kind) @ b.centred(kind), a, b, None, bound, -1)
+        sums, bound = _matmul_sums(a, b)
+        return _rescale(node, sums, a, b, None, bound, -1)
     left, right = floats(a), floats(b)
     if right.ndim == 2:
         return numerics.linear(left, right.T)
     return np.asarray(np.matmul(left.astype(np.float64), right.astype(np.float64)), np.float32)
+
+
+def accumulate(node: Node, arguments: Arguments) -> tuple[Array, Coded, Coded]:
+    """Return the exact sums of a Conv, Gemm or MatMul (the end of the node's kind) with the bias in them.
+
+    Args:
+        node: The layer.
+        arguments: Input and weights with codes, and a bias whose codes are in the unit of the sums, or none.
+
+    Returns:
+        The sums, the input and the weights.
+    """
+    x, w, b = _given(arguments, 3)
+    kind = node.kind.rpartition(".")[2]
+    gemm = kind.startswith("Gemm")
+    left = x.transposed if gemm and node.integer("transA", 0) else x
+    right = w.transposed if gemm and node.integer("transB", 0) else w
+    sums, bound = _conv_sums(node, x, w) if kind in ("Conv", "Residual") else _matmul_sums(left, right)
+    if b is not None:
+        bound += float(np.abs(b.codes.astype(np.float64)).max(initial=0))
+        # In float64: the sums' own type may be just wide enough without the bias.
+        sums = sums + b.codes.astype(np.float64).reshape(-1, *[1] * (sums.ndim - 2))
+    if bound >= 2**31:
+        numerics.check_accumulator(float(np.abs(sums).max(initial=0)), node.name)
+    return sums, x, w
 
 
 def conv_integer(node: Node, arguments: Arguments) -> Array:
@@ -216,6 +236,21 @@ def conv_geometry(
         begins.append(small if mode == "SAME_UPPER" else total - small)
         ends.append(total - begins[-1])
     return strides, begins + ends, dilations
+
+
+def _conv_sums(node: Node, x: Coded, w: Coded) -> tuple[Array, float]:
+    """Return the sums of a convolution, and a bound of their magnitude."""
+    bound = x.reach * w.largest_sum(tuple(range(1, w.codes.ndim)))
+    kind = numerics.exact_float(bound)
+    geometry = conv_geometry(node, x.codes.shape, w.codes.shape[2:])
+    return numerics.convolve(x.centred(kind), w.centred(kind), *geometry, node.integer("group", 1)), bound
+
+
+def _matmul_sums(a: Coded, b: Coded) -> tuple[Array, float]:
+    """Return the sums of a product of matrices, and a bound of their magnitude."""
+    bound = a.reach * b.largest_sum((b.codes.ndim - 2,))
+    kind = numerics.exact_float(bound)
+    return a.centred(kind) @ b.centred(kind), bound
 
 
 def _transposed(value: Value) -> Value:

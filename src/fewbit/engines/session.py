@@ -13,6 +13,7 @@ from fewbit.spec import Frozen
 
 EngineName = Literal["onnxruntime", "openvino", "reference"]
 FloatPrecision = Literal["float32", "bf16"]
+Rounding = Literal["exact", "onnxruntime", "openvino"]
 
 # Operators that only convert, move or relabel values: neither integer nor float work.
 CONVERTING = frozenset(
@@ -34,6 +35,8 @@ class Setting(Frozen):
         batch: Images in one call.
         threads: Threads of the whole run.
         streams: Calls in flight at the same time; each has threads / streams threads.
+        rounding: How the reference engine rounds: as the arithmetic is defined, or as an engine does; the
+            engines themselves do not read it.
     """
 
     engine: EngineName = "onnxruntime"
@@ -41,6 +44,7 @@ class Setting(Frozen):
     batch: int = Field(1, ge=1)
     threads: int = Field(1, ge=1)
     streams: int = Field(1, ge=1)
+    rounding: Rounding = "exact"
 
     @property
     def threads_per_stream(self) -> int:

@@ -18,6 +18,7 @@ from fewbit.net import Layer, Net
 
 Emit = Callable[["Emitter", Layer, list[ir.Value]], ir.Value]
 EMITTERS: dict[str, Emit] = {}
+ENDS = ("input", "logits")
 _SOFTPLUS_GAP = 1e-6
 
 
@@ -44,13 +45,11 @@ class Emitter:
             )
         return self.initializers[name]
 
-    def add(
-        self, op: str, name: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **attributes: Any
-    ) -> ir.Value:
-        """Add a node and return its (first) output, which has the node's name."""
-        values = [ir.Value(name=name if i == 0 else f"{name}:{i}") for i in range(outputs)]
-        self.nodes.append(ir.node(op, inputs, attributes=attributes, outputs=values, name=name))
-        return values[0]
+    def add(self, op: str, name: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
+        """Add a node and return its output, which has the node's name, but never that of the file's ends."""
+        output = ir.Value(name=f"{name}:0" if name in ENDS else name)
+        self.nodes.append(ir.node(op, inputs, attributes=attributes, outputs=[output], name=name))
+        return output
 
     def size_of_input(self, layer: Layer) -> Shape:
         """Return the shape of a layer's first input, for two images."""
@@ -257,19 +256,20 @@ def _softplus(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
 @emits("LRN")
 def _lrn(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
     m: Any = layer.module
-    attributes = {"size": int(m.size), "alpha": float(m.alpha), "beta": float(m.beta), "bias": float(m.k)}
-    if m.size % 2:
-        return e.add("LRN", layer.name, inputs, **attributes)
-    # The window of an even size reaches one channel further back in torch, one further on in ONNX.
-    there = e.add("Slice", f"{layer.name}.there", [*inputs, *_backwards(e)])
-    normal = e.add("LRN", f"{layer.name}.reversed", [there], **attributes)
-    return e.add("Slice", layer.name, [normal, *_backwards(e)])
-
-
-def _backwards(e: Emitter) -> list[ir.Value]:
-    """Return the operands of a Slice that turns the channels round."""
-    ends = {"starts": -1, "ends": np.iinfo(np.int64).min, "axes": 1, "steps": -1}
-    return [e.constant(f"backwards.{key}", [value], np.int64) for key, value in ends.items()]
+    if m.size % 2 == 0:
+        raise NetworkError(
+            f"layer '{layer.name}': local response normalisation over {m.size} channels cannot be exported, "
+            "for engines take odd numbers only; retrain it with one"
+        )
+    return e.add(
+        "LRN",
+        layer.name,
+        inputs,
+        size=int(m.size),
+        alpha=float(m.alpha),
+        beta=float(m.beta),
+        bias=float(m.k),
+    )
 
 
 @emits("MaxPool")
@@ -282,7 +282,8 @@ def _max_pool(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
 
 @emits("AvgPool")
 def _average_pool(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
-    include = int(layer.module.count_include_pad)
+    module: Any = layer.module
+    include = int(module.count_include_pad)
     attributes, over = _pool(e, layer, [1, 1])
     pads = attributes["pads"]
     if any(over):  # what a window reaches over the padding never counts

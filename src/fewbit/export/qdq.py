@@ -128,9 +128,9 @@ def dynamic_codes(
     peak = e.add("ReduceMax", f"{tensor}:peak", [magnitude, axes], keepdims=1)
     top = e.constant(f"{name}.qmax", np.float32(quantizer.qmax))
     raw = e.add("Div", f"{tensor}:raw_scale", [peak, top])
-    zero = e.constant("dynamic.zero", np.float32(0))
-    one = e.constant("dynamic.one", np.float32(1))
-    floor = e.constant("dynamic.floor", np.float32(1e-12))
+    zero = e.constant("dynamic:zero", np.float32(0))
+    one = e.constant("dynamic:one", np.float32(1))
+    floor = e.constant("dynamic:floor", np.float32(1e-12))
     empty = e.add("Equal", f"{tensor}:empty", [peak, zero])
     held = e.add("Max", f"{tensor}:held_scale", [raw, floor])
     scale = e.add("Where", f"{tensor}:scale", [empty, one, held])
@@ -138,7 +138,7 @@ def dynamic_codes(
     rounded = e.add("Round", f"{tensor}:round", [steps])
     limits = [e.constant(f"{name}.low", np.float32(-quantizer.qmax)), top]
     clipped = e.add("Clip", f"{tensor}:clip", [rounded, *limits])
-    shifted = e.add("Add", f"{tensor}:shift", [clipped, e.constant("dynamic.shift", np.float32(128))])
+    shifted = e.add("Add", f"{tensor}:shift", [clipped, e.constant("dynamic:shift", np.float32(128))])
     return e.add("Cast", f"{tensor}:q", [shifted], to=int(ir.DataType.UINT8)), scale
 
 
@@ -147,7 +147,7 @@ def dynamic_layer(e: Emitter, layer: Layer, codes: ir.Value, scale: ir.Value) ->
     module = layer.module
     assert isinstance(module, QuantLayer)
     name, values = layer.name, weight_codes(module)
-    zero_point = e.constant("dynamic.zero_point", 128, np.uint8)
+    zero_point = e.constant("dynamic:zero_point", 128, np.uint8)
     weight_scale = module.weight_quantizer.scale.numpy()
     if isinstance(module, QuantConv2d):
         weight = e.constant(f"{name}.weight:q", values, np.int8)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from fewbit.errors import NetworkError, first_line
 from fewbit.load import convert, shapes  # noqa: F401  (their rows enter the table)
@@ -79,7 +80,7 @@ def capture(model: nn.Module, name: str, input_size: tuple[int, int, int], class
         >>> [layer.kind for layer in net.layers()]
         ['Conv', 'Relu', 'Flatten', 'Linear']
     """
-    root = Root(deepcopy(model).to("cpu", torch.float32).eval())
+    root = Root(_plain_copy(model, name))
     images = torch.rand((3, *input_size), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         logits = _run_model(root, images.clone(), name, classes)
@@ -90,6 +91,25 @@ def capture(model: nn.Module, name: str, input_size: tuple[int, int, int], class
         net = Net(graph, name, input_size, int(logits.shape[1]), facts).eval()
         _check_same(net, images, logits)
     return net
+
+
+def _plain_copy(model: nn.Module, name: str) -> nn.Module:
+    """Copy a model for evaluation in float32; weights computed by parametrizations become plain ones."""
+    try:
+        copy = deepcopy(model)
+    except (RuntimeError, TypeError) as reason:
+        raise NetworkError(
+            f"{name}: cannot be copied ({first_line(reason)}); keep no tensor computed from parameters in "
+            "it, as torch.nn.utils.weight_norm does"
+        ) from reason
+    for module in list(copy.modules()):
+        if parametrize.is_parametrized(module):
+            values = {key: getattr(module, key).detach() for key in module.parametrizations}  # type: ignore[union-attr]
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for key, value in values.items():
+                module.register_parameter(key, nn.Parameter(value))
+    return copy.to("cpu", torch.float32).eval()
 
 
 def _run_model(root: Root, images: Tensor, name: str, classes: int | None) -> Tensor:

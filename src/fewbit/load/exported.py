@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
+from pydantic import ValidationError
 
 from fewbit.errors import ModelFileError
 from fewbit.load.card import Card, InputSection, NetworkSection
+from fewbit.spec import Frozen, explain
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(Frozen):
     """The facts in an exported file's metadata.
 
     Attributes:
@@ -57,14 +57,7 @@ def read_exported(path: Path) -> Exported | None:
     if text is None:
         return None
     try:
-        facts = json.loads(text)
-        return Exported(
-            facts["network"],
-            facts["classes"],
-            InputSection.from_data(facts["input"], str(path), ModelFileError),
-            facts["labels"],
-            facts["calibration_data"],
-            frozenset(facts["calibration_names"]),
-        )
-    except (ValueError, KeyError, TypeError) as reason:
-        raise ModelFileError(f"{path}: its fewbit metadata is damaged; export it again") from reason
+        return Exported.model_validate(json.loads(text))
+    except ValueError as reason:
+        why = explain(reason, Exported) if isinstance(reason, ValidationError) else str(reason)
+        raise ModelFileError(f"{path}: its fewbit metadata is damaged ({why}); export it again") from reason

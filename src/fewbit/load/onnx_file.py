@@ -66,8 +66,10 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise ModelFileError(f"{path}: cannot be read ({reason.strerror or reason})") from reason
     except Exception as reason:  # protobuf's error classes differ between its versions
         raise ModelFileError(f"{path}: is damaged or cut short, or no ONNX file; export it again") from reason
-    if not model.graph.node:
-        raise ModelFileError(f"{path}: is damaged or no ONNX file (it has no nodes); export it again")
+    words = [w for node in model.graph.node for w in (node.name, node.op_type, *node.input, *node.output)]
+    words += [value.name for value in (*model.graph.initializer, *model.graph.input, *model.graph.output)]
+    if not model.graph.node or not all(isinstance(word, str) for word in words):  # bytes: not UTF-8
+        raise ModelFileError(f"{path}: is damaged or no ONNX file (no readable nodes); export it again")
     return model
 
 
@@ -153,7 +155,8 @@ def _check_ends(graph: onnx.GraphProto, path: Path) -> None:
             )
     tensor = inputs[0].type.tensor_type
     if tensor.elem_type != onnx.TensorProto.FLOAT:
-        kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        known = {number: word.lower() for word, number in onnx.TensorProto.DataType.items()}
+        kind = known.get(tensor.elem_type, "of no known type")
         raise ModelFileError(
             f"{path}: input '{inputs[0].name}' is {kind}; float32 is read: export the float32 network"
         )
@@ -184,7 +187,7 @@ def to_array(tensor: onnx.TensorProto, path: Path) -> NDArray[np.generic]:
     """
     try:
         array = numpy_helper.to_array(tensor)
-    except (ValueError, TypeError) as reason:
+    except (ValueError, TypeError, KeyError) as reason:
         raise ModelFileError(
             f"{path}: tensor '{tensor.name}' is damaged ({reason}); export it again"
         ) from reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,10 +171,15 @@ class OnnxBuilder(Builder):
 def clean(name: str) -> str:
     """Make a node's name the path of a layer.
 
+    torch.fx writes paths into Python source, so nothing but letters, digits and `_ : -` stays.
+
     >>> clean("/layer1/layer1.0/conv1/Conv")
     'layer1.layer1.0.conv1.Conv'
+    >>> clean('x"); import os')
+    'x____import_os'
     """
-    return ".".join(part for part in name.replace("/", ".").split(".") if part) or "node"
+    parts = re.split(r"[/.]+", name)
+    return ".".join(re.sub(r"[^\w:-]", "_", part) for part in parts if part) or "node"
 
 
 @dataclass

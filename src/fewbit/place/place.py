@@ -165,6 +165,11 @@ def _place_dynamic(net: Net, plan: _Plan, matrices: list[Layer]) -> int:
     """Put a quantizer with run-time parameters in front of each matrix product, one for each tensor."""
     made: dict[fx.Node, fx.Node] = {}
     for layer in matrices:
+        if not plan.weight_spec(layer.name).symmetric:
+            raise RecipeError(
+                f"layer '{layer.name}': dynamic quantization takes symmetric weights; "
+                "set symmetric = true in [scheme.weights]"
+            )
         source = layer.node.args[0]
         assert isinstance(source, fx.Node)
         if source not in made:

@@ -167,11 +167,6 @@ def _softplus(m: Any, x: NDArray[Any]) -> NDArray[Any]:
     return nx.multiply(nx.softplus(nx.multiply(x, np.float32(m.beta))), np.float32(1 / m.beta))
 
 
-def _lrn(m: Any, x: NDArray[Any]) -> NDArray[Any]:
-    turn = slice(None, None, 1 if m.size % 2 else -1)  # see the exporter
-    return nx.local_response_norm(x[:, turn], m.size, m.alpha, m.beta, m.k)[:, turn]
-
-
 def _batch_norm(m: Any, x: NDArray[Any]) -> NDArray[Any]:
     count = m.num_features
     gamma = np.ones(count) if m.weight is None else m.weight.detach().numpy()
@@ -223,7 +218,7 @@ _DEFINED: Mapping[str, Callable[..., NDArray[Any]]] = {
     "Softplus": _softplus,
     "Softmax": lambda m, x: nx.softmax(x, m.dim),
     "LogSoftmax": lambda m, x: nx.log_softmax(x, m.dim),
-    "LRN": _lrn,
+    "LRN": lambda m, x: nx.local_response_norm(x, m.size, m.alpha, m.beta, m.k),
     "AvgPool": _average_pool,
     "GlobalAvgPool": lambda m, x: nx.mean(x, (2, 3)),
     "Mean": lambda m, x: nx.mean(x, m.dims, m.keepdim),

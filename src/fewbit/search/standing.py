@@ -20,6 +20,9 @@ FAR = 0.75
 """A trial at less than this share of a proven one's speed is not worth its accuracy measurement."""
 
 
+_HOPE = 8 / 7
+
+
 class Pair(NamedTuple):
     """A network on an engine."""
 
@@ -199,9 +202,19 @@ class Standing:
         ]
 
     def int8_value(self, pair: Pair) -> float | None:
-        """Return the best value of int8 on a pair, whatever its accuracy; none where it does not run."""
-        values = [v for t in self.int8_trials(pair) if (v := self.value(t)) > float("-inf")]
+        """Return what int8 may reach on a pair, whatever its accuracy; none where it does not run.
+
+        A speed counts by the upper end of its interval, at most a seventh above what was measured: a rung is
+        not given up for a busy moment of the machine.
+        """
+        values = [v for t in self.int8_trials(pair) if (v := self._hoped(t)) > float("-inf")]
         return max(values, default=None)
+
+    def _hoped(self, trial: Trial) -> float:
+        value, timing = self.value(trial), trial.timing
+        if self.terms.objective == "size" or timing is None or not timing.ratio or not timing.ratio_interval:
+            return value
+        return value * min(timing.ratio_interval.high / timing.ratio, _HOPE)
 
     def most_accurate(self, pair: Pair) -> str | None:
         """Return the int8 recipe that is least outside the budgets of accuracy on a pair."""

@@ -23,7 +23,7 @@ _BEST_DB = 200.0
 
 
 class _Outputs(fx.Interpreter):
-    """Runs a network and keeps the output of every layer that is asked for."""
+    """Runs a network and keeps the output of every layer that is asked for, rounded where it is quantized."""
 
     def __init__(self, net: Net, names: set[str]) -> None:
         super().__init__(net.graph)
@@ -33,8 +33,11 @@ class _Outputs(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.op == "call_module" and str(n.target) in self.names:
-            self.kept[str(n.target)] = value
+        if n.op == "call_module":
+            rounds = isinstance(self.fetch_attr(str(n.target)), Quantizer | DynamicQuantizer)
+            name = str(n.all_input_nodes[0].target) if rounds else str(n.target)
+            if name in self.names:
+                self.kept[name] = value
         return value
 
 
@@ -71,7 +74,8 @@ def layer_records(float_net: Net, net: Net, batches: Iterable[Tensor]) -> tuple[
 
         10 log10( sum y^2 / sum (y - y')^2 )   dB
 
-    with the noise of all layers before it in y' (accumulated), over all images given.
+    with the noise of all layers before it in y' (accumulated) and of its own grid where it has one, over
+    all images given.
 
     Args:
         float_net: The captured network, or its float form.
@@ -137,29 +141,31 @@ def _record(net: Net, layer: Layer, sums: _Sums | None) -> LayerRecord:
 def _reader(net: Net, node: fx.Node) -> Quantizer | DynamicQuantizer | None:
     """Return the quantizer that stands directly behind a node."""
     for user in node.users:
-        if user.op == "call_module":
-            module = net.graph.get_submodule(str(user.target))
-            if isinstance(module, Quantizer | DynamicQuantizer):
-                return module
+        module = _module(net, user)
+        if isinstance(module, Quantizer | DynamicQuantizer):
+            return module
     return None
 
 
 def _precision(net: Net, layer: Layer, reader: Quantizer | DynamicQuantizer | None) -> str:
-    sources = [s for s in layer.node.args if isinstance(s, fx.Node) and s.op == "call_module"]
-    reads = [net.graph.get_submodule(str(source.target)) for source in sources]
-    from_codes = bool(reads) and any(isinstance(m, Quantizer | DynamicQuantizer) for m in reads)
-    if isinstance(layer.module, QuantConv2d | QuantLinear):
-        return "int8" if from_codes else "float32"
+    from_codes = _reads_codes(net, layer.node)
     if isinstance(layer.module, nn.Conv2d | nn.Linear):
-        return "float32"
-    before = next((s for s in sources if len(s.users) == 1), None)
-    if (
-        before is not None
-        and not from_codes
-        and isinstance(reads[sources.index(before)], QuantConv2d | QuantLinear)
-    ):
-        return "fused"
-    return "int8" if from_codes and reader is not None else "float32"
+        return "int8" if from_codes and isinstance(layer.module, QuantConv2d | QuantLinear) else "float32"
+    if from_codes:
+        return "int8" if reader is not None else "float32"
+    for source in layer.node.all_input_nodes:
+        module = _module(net, source)
+        if isinstance(module, QuantConv2d | QuantLinear) and len(source.users) == 1:
+            return "fused" if _reads_codes(net, source) else "float32"
+    return "float32"
+
+
+def _reads_codes(net: Net, node: fx.Node) -> bool:
+    return any(isinstance(_module(net, s), Quantizer | DynamicQuantizer) for s in node.all_input_nodes)
+
+
+def _module(net: Net, node: fx.Node) -> nn.Module | None:
+    return net.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def range_ratio(weight: Tensor) -> float:

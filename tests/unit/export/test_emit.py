@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fewbit import ops
 from fewbit.engines.onnxruntime import OnnxRuntime
+from fewbit.engines.openvino import OpenVino
 from fewbit.engines.reference import Reference
 from fewbit.engines.session import Setting
 from fewbit.errors import NetworkError
@@ -112,8 +113,7 @@ CASES: dict[str, list[Made]] = {
     "LogSoftmax": [lambda: nn.LogSoftmax(1)],
     "LRN": [
         lambda: nn.LocalResponseNorm(3, 0.1, 0.6, 1.5),
-        lambda: nn.LocalResponseNorm(2, 0.1),
-        lambda: nn.LocalResponseNorm(4, 0.1),
+        lambda: nn.LocalResponseNorm(5, 0.1),
     ],
     "MaxPool": [
         lambda: nn.MaxPool2d(3, 2, 1),
@@ -127,6 +127,8 @@ CASES: dict[str, list[Made]] = {
         lambda: nn.AvgPool2d(2, ceil_mode=True),
         lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True),
         lambda: nn.AvgPool2d(2, 3, 1, ceil_mode=True, count_include_pad=False),
+        lambda: nn.AvgPool2d(4, 3, 1, ceil_mode=True),
+        lambda: nn.AvgPool2d(4, 3, 0, ceil_mode=True),
     ],
     "GlobalAvgPool": [ops.GlobalAvgPool],
     "Mean": [lambda: ops.Mean((2, 3), False), lambda: ops.Mean((1,), True)],
@@ -197,6 +199,15 @@ def test_the_exported_layer_equals_torch(kind: str, index: int, tmp_path: Path) 
     assert "tested" in {node.name for node in model.graph.node}
 
 
+@pytest.mark.parametrize(("kind", "index"), [case for case in EVERY if "Pool" in case[0]])
+def test_openvino_agrees_about_the_last_window_of_a_pool(kind: str, index: int, tmp_path: Path) -> None:
+    net = build(kind, index)
+    export_onnx(net, tmp_path / "net.onnx")
+    found = OpenVino().open(tmp_path / "net.onnx", Setting(engine="openvino", batch=3)).run(IMAGES.numpy())
+    with torch.no_grad():
+        np.testing.assert_allclose(found, net(IMAGES).numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "index"), EVERY)
 def test_simulation_equals_the_reference_bit_for_bit(kind: str, index: int, tmp_path: Path) -> None:
     net = build(kind, index)
@@ -210,7 +221,7 @@ def test_simulation_equals_the_reference_bit_for_bit(kind: str, index: int, tmp_
     )
 
 
-def test_a_kind_without_a_row_is_told() -> None:
+def test_a_kind_without_a_row_is_told(tmp_path: Path) -> None:
     class Unknown(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x
@@ -220,11 +231,34 @@ def test_a_kind_without_a_row_is_told() -> None:
     root.graph.output(add_layer(root, "odd", Unknown(), x))
     root.recompile()
     with pytest.raises(NetworkError, match="layer 'odd': kind Unknown cannot be exported; report it"):
-        export_onnx(Net(root, "net", SIZE, 1), Path("never.onnx"))
-    assert not Path("never.onnx").exists()
+        export_onnx(Net(root, "net", SIZE, 1), tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_constant_of_one_name_is_made_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (
+            nn.LocalResponseNorm(4),
+            "layer 'tested': local response normalisation over 4 channels cannot be expo",
+        ),
+        (
+            nn.Softplus(threshold=1.0),
+            "layer 'tested': Softplus with threshold 1 cannot be exported; take torch",
+        ),
+    ],
+)
+def test_what_engines_cannot_run_is_told_by_layer(layer: nn.Module, message: str, tmp_path: Path) -> None:
+    root = fx.GraphModule(nn.Module(), fx.Graph())
+    x = root.graph.placeholder("input")
+    root.graph.output(add_layer(root, "tested", layer, x))
+    root.recompile()
+    with pytest.raises(NetworkError, match=message):
+        export_onnx(Net(root, "net", SIZE, 1), tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_constant_of_one_name_is_made_once() -> None:
     from fewbit.export.emit import Emitter
 
     emitter = Emitter(build("Relu", 0))

@@ -268,6 +268,20 @@ def test_standardized_weight_is_computed_once() -> None:
     assert kinds(net) == ["Conv", "Flatten"]
 
 
+def test_parametrized_weight_becomes_plain() -> None:
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 4, 1))
+    net = captured(body(lambda s, x: s.conv(x), conv=conv))
+    assert {"conv.weight", "conv.bias"} < set(net.graph.state_dict())
+    assert type(net.layer("conv").module) is nn.Conv2d
+
+
+def test_model_that_cannot_be_copied() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    model.scaled = model[1].weight * 2
+    with pytest.raises(NetworkError, match=r"net: cannot be copied \(Only Tensors created explicitly"):
+        capture(model, "net", SIZE)
+
+
 def test_view_of_a_parameter_stays_trainable() -> None:
     net = captured(body(lambda s, x: x * s.gamma.reshape(1, -1, 1, 1), gamma=nn.Parameter(torch.rand(6))))
     assert "mul.scale" in dict(net.graph.named_parameters())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,3 +287,48 @@ def test_a_reading_that_differs_from_onnx_runtime_is_refused(
 def test_external_data_beside_the_file(tmp_path: Path) -> None:
     path = external(tmp_path, "weights/m.data")
     assert kinds(read(path, 6)) == ["Conv", "GlobalAvgPool", "Flatten"]
+
+
+def test_hostile_node_name_is_not_executed(tmp_path: Path) -> None:
+    """torch.fx writes names into Python source."""
+    target = tmp_path / "executed"
+    name = f'a"); __import__("os").mkdir("{target}"); getattr(self, "a'
+    relu = helper.make_node("Relu", ["x"], ["b"], name=name)
+    net = read(make([relu], path=tmp_path / "m.onnx"), 4)
+    assert not target.exists()
+    assert re.fullmatch(r"[\w:.-]+", net.layers()[0].name)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flipped_bytes_are_read_or_refused_in_one_line(seed: int, tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", "x w c", "a", pads=[1, 1, 1, 1]),
+        node("Shape", "a", "shape"),
+        node("Slice", "shape zero one", "count"),
+        node("Concat", "count rest", "target", axis=0),
+        node("Reshape", "a target", "r"),
+        node("ReduceMean", "r", "q", axes=[2], keepdims=0),
+        node("Gemm", "q g", "y"),
+    ]
+    weights = {
+        "w": f32(6, 4, 1, 1),
+        "c": f32(6),
+        "g": f32(6, 5),
+        "zero": i64(0),
+        "one": i64(1),
+        "rest": i64(6, -1),
+    }
+    path = make(nodes, weights, 13, pool=False, path=tmp_path / "m.onnx")
+    whole, made = path.read_bytes(), card(path, 5)
+    rng = np.random.default_rng(seed)
+    refusals = 0
+    for _ in range(60):
+        flipped = bytearray(whole)
+        flipped[rng.integers(len(whole))] = rng.integers(256)
+        path.write_bytes(bytes(flipped))
+        try:
+            load(made)
+        except ModelFileError as error:
+            refusals += 1
+            assert "\n" not in str(error)
+    assert refusals > 5
