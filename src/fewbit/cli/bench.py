@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fewbit.cli.options import (
+    COUNT,
     Numbers,
     card_options,
     default_threads,
@@ -30,13 +31,13 @@ from fewbit.cli.search import parse_engines
 @click.option(
     "--engine", "engines", default="onnxruntime", show_default=True, help="One or more, with commas."
 )
-@click.option("--batch", "batches", type=Numbers(int), default="1", show_default=True)
+@click.option("--batch", "batches", type=Numbers(int, 1), default="1", show_default=True)
 @click.option("--threads", type=int, help="All cores where not given.")
-@click.option("--streams", type=int, default=1, show_default=True, help="Calls in flight at the same time.")
+@click.option("--streams", type=COUNT, default=1, show_default=True, help="Calls in flight at the same time.")
 @click.option(
     "--float-precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True
 )
-@click.option("--rounds", type=int, default=20, show_default=True)
+@click.option("--rounds", type=COUNT, default=20, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--card", "beside", help="The card of files that fewbit did not write.")
 @card_options
@@ -44,7 +45,7 @@ from fewbit.cli.search import parse_engines
 def bench(subjects: tuple[str, ...], engines: str, batches: tuple[int, ...], **options: Any) -> int:
     """Measure images per second, interleaved round by round; ratios are to the first row."""
     facts = take_card_facts(options)
-    names = parse_engines(engines)
+    names = parse_engines(engines, "--engine")
     card = find_card(options["beside"], {}) if options["beside"] else None
     with tempfile.TemporaryDirectory() as folder, step_progress("bench", options["as_json"]) as tell:
         rows = _measure(subjects, names, batches, facts, card, Path(folder), options, tell)

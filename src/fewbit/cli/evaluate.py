@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from fewbit.cli.options import (
+    COUNT,
     card_options,
     data_option,
     default_threads,
@@ -28,7 +29,7 @@ ENGINES = ("onnxruntime", "openvino", "reference")
 @click.option("--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True)
 @click.option("--against", metavar="FILE|CARD", help="Compare with this on the same images.")
 @click.option("--card", "beside", help="The card of files that fewbit did not write.")
-@click.option("--batch", type=int, default=32, show_default=True)
+@click.option("--batch", type=COUNT, default=32, show_default=True)
 @click.option("--threads", type=int, help="All cores where not given.")
 @click.option("--strict", is_flag=True, help="A broken image stops the run.")
 @card_options

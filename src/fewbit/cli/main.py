@@ -23,8 +23,8 @@ COMMANDS: dict[str, str] = {
     "engines": "fewbit.cli.lists:engines",
     "demo": "fewbit.cli.demo:demo",
 }
-# Threads of torch that wait for each other by spinning steal the cores from the engines and from each other: on a
-# busy machine seven times the processor time. It counts only when set before torch is imported.
+# Threads of torch that wait for each other by spinning steal the cores from the engines and from each other:
+# on a busy machine seven times the processor time. It counts only when set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 USAGE, NOTHING_FOUND, ENGINE_FAILED, STOPPED = 2, 3, 4, 130
@@ -55,10 +55,18 @@ class _Lazy(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=_Lazy,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, message="fewbit %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Give a trained CNN, labelled images and an error budget; get the fastest network inside the budget."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,12 +79,19 @@ def main(arguments: list[str] | None = None) -> int:
         0 done; 2 the input cannot be used (one line on stderr says why); 3 no network inside the budget;
         4 an engine failed; 130 stopped by the user.
     """
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        result = cli.main(args=arguments, prog_name="fewbit", standalone_mode=False)
+        result = cli.main(args=given, prog_name="fewbit", standalone_mode=False)
     except click.exceptions.Exit as end:
         return end.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _say("stopped; what was measured is kept: the same command with --resume goes on", STOPPED)
+        kept = given[:1] in (["search"], ["demo"])
+        what = (
+            "what was measured is kept: the same command with --resume goes on"
+            if kept
+            else "nothing was written"
+        )
+        return _say(f"stopped; {what}", STOPPED)
     except click.UsageError as reason:
         where = f"{reason.ctx.command_path}: " if reason.ctx else "fewbit: "
         return _say(f"{where}{_one_line(reason.format_message())} (see {where[:-2]} --help)", USAGE)

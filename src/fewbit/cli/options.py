@@ -17,12 +17,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
-    """Numbers with commas between them: "1,8,32"."""
+    """Numbers with commas between them: "1,8,32".
+
+    Args:
+        kind: Whole numbers or any.
+        least: The smallest allowed.
+    """
 
     name = "numbers"
 
-    def __init__(self, kind: type[int] | type[float]) -> None:
-        self.kind = kind
+    def __init__(self, kind: type[int] | type[float], least: int | None = None) -> None:
+        self.kind, self.least = kind, least
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -31,11 +36,16 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic from click 
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(self.kind(part) for part in str(value).split(","))
+            numbers = tuple(self.kind(part) for part in str(value).split(","))
         except ValueError:
             word = "whole numbers" if self.kind is int else "numbers"
             self.fail(f"'{value}' are not {word} with commas between them, like 1,8,32", param, ctx)
+        if self.least is not None and min(numbers) < self.least:
+            self.fail(f"'{value}' has {min(numbers)}; each must be {self.least} or more", param, ctx)
+        return numbers
 
+
+COUNT = click.IntRange(min=1)
 
 _CARD_OPTIONS = (
     click.option("--name", help="What to call the network."),

@@ -26,18 +26,24 @@ from fewbit.errors import InputError, suggest
 ENGINES = ("onnxruntime", "openvino")
 
 
-def parse_engines(text: str) -> tuple[Any, ...]:
+def parse_engines(text: str, option: str = "--engines") -> tuple[Any, ...]:
     """Return engine names from "onnxruntime,openvino".
 
+    Args:
+        text: What came.
+        option: Where it came from.
+
     Raises:
-        InputError: One is unknown.
+        InputError: One is unknown, or there is none.
     """
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in names:
         if name not in ENGINES:
             raise InputError(
-                f"--engines names '{name}'{suggest(name, ENGINES)}; allowed are {', '.join(ENGINES)}"
+                f"{option} names '{name}'{suggest(name, ENGINES)}; allowed are {', '.join(ENGINES)}"
             )
+    if not names:
+        raise InputError(f"{option} is empty; give one or more of {', '.join(ENGINES)}")
     return names
 
 
@@ -49,7 +55,7 @@ def parse_engines(text: str) -> tuple[Any, ...]:
 )
 @click.option("--objective", type=click.Choice(["throughput", "latency", "size"]), default="throughput")
 @click.option("--engines", default=",".join(ENGINES), show_default=True, help="Which may run the answer.")
-@click.option("--batch", "batches", type=Numbers(int), default="1,8,32", show_default=True)
+@click.option("--batch", "batches", type=Numbers(int, 1), default="1,8,32", show_default=True)
 @click.option("--threads", type=int, help="Of a run; all cores where not given.")
 @click.option("--minutes", type=float, help="End after so long with the best found.")
 @click.option("--trials", type=int, help="End after so many trials with the best found.")

@@ -91,11 +91,16 @@ def _onnxruntime(node: Node, uses: _Uses) -> tuple[Node, set[str]] | None:
 
 def _openvino(node: Node, uses: _Uses) -> tuple[Node, set[str]] | None:
     """A Conv with its FakeQuantize, and the sum of a Conv and a tensor of codes."""
+    if node.kind in ("Conv", "Gemm") and _runs_on_codes(node, uses):
+        return replace(node, kind=f"openvino.{node.kind}ToFloat"), set()
+    if node.kind == "LRN" and (node.integer("size", 0), node.number("beta", 0.75)) == (5, 0.75):
+        return replace(node, kind="openvino.LRN"), set()
     if node.kind != "QuantizeLinear":
         return None
     maker, bounds, swallowed = _before_activations(node, uses)
-    if maker is None:
-        return None
+    if maker is None or maker.kind == "LRN":
+        attributes = node.attributes | {"low": -np.inf, "high": np.inf}
+        return replace(node, kind="openvino.QuantizeLinear", attributes=attributes), set()
     swallowed |= {maker.outputs[0]}
     if maker.kind == "Conv" and _runs_on_codes(maker, uses):
         inputs = (*_inputs(maker), *node.inputs[1:3])

@@ -14,6 +14,9 @@ from fewbit.engines.reference_graph import Array, Coded, Node, Value, floats
 Arguments = Sequence[Value | None]
 Operator = Callable[[Node, Arguments], Value | tuple[Value, ...]]
 
+# Kinds of fused operators that are convolutions inside.
+CONVOLUTIONS = ("Conv", "ConvToFloat", "Residual")
+
 NARROW_RANGES = {"int4": (-8, 7), "uint4": (0, 15), "int2": (-2, 1), "uint2": (0, 3)}
 
 
@@ -133,7 +136,7 @@ def accumulate(node: Node, arguments: Arguments) -> tuple[Array, Coded, Coded]:
     gemm = kind.startswith("Gemm")
     left = x.transposed if gemm and node.integer("transA", 0) else x
     right = w.transposed if gemm and node.integer("transB", 0) else w
-    sums, bound = _conv_sums(node, x, w) if kind in ("Conv", "Residual") else _matmul_sums(left, right)
+    sums, bound = _conv_sums(node, x, w) if kind in CONVOLUTIONS else _matmul_sums(left, right)
     if b is not None:
         bound += float(np.abs(b.codes.astype(np.float64)).max(initial=0))
         # In float64: the sums' own type may be just wide enough without the bias.

@@ -15,6 +15,11 @@ from fewbit.engines.reference_graph import Array, Coded, Node, floats
 from fewbit.engines.reference_layers import Arguments, Operator, accumulate
 
 Floats = NDArray[np.float32]
+STEPS = np.float32(255)  # of an 8-bit grid
+
+
+def _three(arguments: Arguments) -> list[Any]:
+    return [*arguments, None, None][:3]
 
 
 def fused_multiply_add(x: Array, y: Array, z: Array) -> Floats:
@@ -117,79 +122,104 @@ def onnxruntime_lrn(node: Node, arguments: Arguments) -> Floats:
     return x * power.astype(np.float32)
 
 
-LEVELS_LESS_ONE = np.float32(255)
-import os
-V=os.environ.get("V","")
-
-
 def openvino_interval(scale: Array, zero_point: Array) -> tuple[np.float32, np.float32]:
-    """Return the real values of the smallest and largest code: what a FakeQuantize has for a grid."""
+    """Return the real values of a grid's smallest and largest code, which a FakeQuantize is made of."""
     limits, offset = np.iinfo(zero_point.dtype), np.float32(zero_point.reshape(()))
     step = np.float32(scale.reshape(()))
     return step * (np.float32(limits.min) - offset), step * (np.float32(limits.max) - offset)
 
 
-def openvino_scale(x: Coded) -> np.float32:
-    """Return the scale that OpenVINO gets back from a grid's interval: ``(high - low) / 255``."""
-    if "a" in V: return x.scale
+def openvino_grid(x: Coded) -> tuple[np.float32, np.float32]:
+    """Return scale and zero point that OpenVINO reads a tensor with: all activations become uint8.
+
+    A grid of another type is taken as the interval ``(l, h)`` that it covers: ``S = (h - l) / 255`` and
+    ``Z = -255 l / (h - l)``, both in float32, so that Z may miss its whole number by a rounding.
+    """
+    if x.codes.dtype == np.uint8:
+        return np.float32(x.scale), np.float32(x.zero_point)
     low, high = openvino_interval(x.scale, x.zero_point.astype(x.codes.dtype))
-    return (high - low) / LEVELS_LESS_ONE
+    return (high - low) / STEPS, -(STEPS * low) / (high - low)
 
 
-def openvino_conv_floats(node: Node, arguments: Arguments) -> Floats:
-    """Conv before its output is quantized: ``float32(acc) (Sx Sw[o]) + b``."""
-    x, w, b = arguments
+def openvino_codes(steps: Floats, node: Node, scale: Array, zero_point: Array) -> Array:
+    """Return codes in the type of the file: `steps` rounded in uint8, zero point in them, then moved."""
+    codes = np.rint(steps) + np.float32(np.iinfo(zero_point.dtype).min)
+    return to_codes(codes, node, scale, zero_point, added=True)
+
+
+def openvino_sums_to_float(node: Node, arguments: Arguments) -> Floats:
+    """Conv, Gemm without a quantizer: ``float32(acc) (Sx Sw[o]) + b``, each step rounded."""
+    x, w, b = _three(arguments)
     sums, _, _ = accumulate(node, [x, w, None])
-    unit = along(openvino_scale(x) * w.scale, sums)
-    if b is None:
-        return sums.astype(np.float32) * unit
-    bias = along(floats(b), sums)
-    if "f" in V:
-        return fused_multiply_add(sums.astype(np.float32), unit, bias)
-    return sums.astype(np.float32) * unit + bias
+    values = sums.astype(np.float32) * along(openvino_grid(x)[0] * w.scale, sums)
+    return np.asarray(values if b is None else values + along(floats(b), sums))
 
 
 def twice_inverted(factor: np.float32) -> np.float32:
     """Return ``1 / (1 / factor)``: a last scalar factor is handed to oneDNN as the output's scale."""
-    if "i" in V: return factor
     return np.float32(1) / (np.float32(1) / factor)
 
 
 def openvino_conv(node: Node, arguments: Arguments) -> Array:
-    """Conv with FakeQuantize: ``rint(y / Sy)`` by a product, or ``rint(fma(y, 1 / Sy, Zy))``."""
+    """Conv with its FakeQuantize: ``rint(y F'')``, or with a zero point ``rint(fma(y, F, Z))``.
+
+    ``F = 255 / (h - l)`` and ``Z = -255 l / (h - l)`` with the interval (l, h) of the output grid; F'' is F
+    twice inverted.
+    """
     *inputs, scale, zero_point = arguments
-    values = openvino_conv_floats(node, inputs)
+    values = openvino_sums_to_float(node, inputs)
     low, high = openvino_interval(scale, zero_point)
-    factor = LEVELS_LESS_ONE / (high - low)
-    shift = -low * LEVELS_LESS_ONE / (high - low) + np.float32(np.iinfo(zero_point.dtype).min)
-    if abs(shift) < LEVELS_LESS_ONE * np.float32(1e-5):
-        return to_codes(values * twice_inverted(factor), node, scale, zero_point, added=True)
-    if "m" in V: steps=values*factor+shift
-    else: steps = fused_multiply_add(values, factor, shift)
-    return to_codes(steps, node, scale, zero_point, added=True)
+    factor = STEPS / (high - low)
+    shift = -low * STEPS / (high - low)
+    small = abs(shift) < STEPS * np.float32(1e-5)
+    steps = values * twice_inverted(factor) if small else fused_multiply_add(values, factor, shift)
+    return openvino_codes(steps, node, scale, zero_point)
+
+
+def openvino_fake_quantize(
+    x: Floats, interval: tuple[np.float32, np.float32], node: Node, scale: Array, zero_point: Array
+) -> Array:
+    """FakeQuantize in a generated kernel: ``rint(clamp(x, l, h) F - l F)``, ``F = 255 / (h - l)``."""
+    low, high = interval
+    factor = STEPS / (high - low)
+    steps = x.clip(low, high) * factor - low * factor
+    return openvino_codes(steps, node, scale, zero_point)
+
+
+def openvino_quantize(node: Node, arguments: Arguments) -> Array:
+    """QuantizeLinear of floats."""
+    x, scale, zero_point = _three(arguments)
+    return openvino_fake_quantize(floats(x), openvino_interval(scale, zero_point), node, scale, zero_point)
 
 
 def openvino_residual(node: Node, arguments: Arguments) -> Array:
-    """Add of codes and a Conv in float, then FakeQuantize, in steps of the codes."""
+    """Add of codes and a Conv in float, then FakeQuantize, all in steps of the codes' grid (S, Z).
+
+    ``v = (y - Z S) (1 / S)'' + q``, then FakeQuantize with ``l / S`` and ``h / S``.
+    """
     other, *inputs, scale, zero_point = arguments
-    values = openvino_conv_floats(node, inputs)
-    step = openvino_scale(other)
-    offset = np.float32(other.zero_point)
-    if offset != 0:
-        values = values + (-(offset * step) if "s" not in V else offset*step)
-    if "d" in V: values = values * (np.float32(1)/step)
-    else: values = values * twice_inverted(np.float32(1) / step)
-    values = values + other.codes.astype(np.float32)
+    assert isinstance(other, Coded)
+    values = openvino_sums_to_float(node, inputs)
+    step, offset = openvino_grid(other)
+    values = (values - offset * step) * twice_inverted(np.float32(1) / step)
+    lowest = np.float32(np.iinfo(other.codes.dtype).min)
+    values = values + (other.codes.astype(np.float32) - lowest)
     low, high = openvino_interval(scale, zero_point)
-    low, high = low / step, high / step
-    factor = LEVELS_LESS_ONE / (high - low)
-    values = np.clip(values, low, high) * factor
-    least = np.float32(np.iinfo(zero_point.dtype).min)
-    if low != 0:
-        if "g" in V: values = fused_multiply_add(np.clip(values/factor,low,high),factor,-low*factor)
-        else: values = values - low * factor
-        if least: values = np.rint(values) + least
-    return to_codes(values, node, scale, zero_point, added=True)
+    return openvino_fake_quantize(values, (low / step, high / step), node, scale, zero_point)
+
+
+def openvino_lrn(node: Node, arguments: Arguments) -> Floats:
+    """LRN of 5 channels and beta 3/4: ``x / sqrt(sqrt(s^3))``, ``s = fma(sum x^2, alpha / 5, bias)``."""
+    x = floats(arguments[0])  # type: ignore[arg-type]
+    share, bias = np.float32(node.number("alpha", 1e-4) / 5), np.float32(node.number("bias", 1.0))
+    padded = np.pad(x, ((0, 0), (2, 2), (0, 0), (0, 0)))
+    channels = x.shape[1]
+    sums = x * x
+    for shift in (0, 1, 3, 4):
+        near = padded[:, shift : shift + channels]
+        sums = fused_multiply_add(near, near, sums)
+    sums = fused_multiply_add(sums, share, bias)
+    return np.asarray(x / np.sqrt(np.sqrt(sums * (sums * sums))))
 
 
 OPERATORS: dict[str, Operator] = {
@@ -199,16 +229,21 @@ OPERATORS: dict[str, Operator] = {
     "onnxruntime.GemmToFloat": onnxruntime_gemm_to_float,
     "onnxruntime.Add": onnxruntime_add,
     "openvino.Conv": openvino_conv,
+    "openvino.ConvToFloat": openvino_sums_to_float,
+    "openvino.GemmToFloat": openvino_sums_to_float,
+    "openvino.LRN": openvino_lrn,
     "openvino.Residual": openvino_residual,
+    "openvino.QuantizeLinear": openvino_quantize,
     "onnxruntime.LRN": onnxruntime_lrn,
     "onnxruntime.Mul": onnxruntime_multiply,
     "onnxruntime.GlobalAveragePool": onnxruntime_global_average,
 }
 
+# Which of them are convolutions or matrix products, and which put out codes.
 MATRIX = frozenset(
     {
         "onnxruntime.Conv", "onnxruntime.Gemm", "onnxruntime.MatMul", "onnxruntime.GemmToFloat",
-        "openvino.Conv", "openvino.Residual",
+        "openvino.Conv", "openvino.ConvToFloat", "openvino.GemmToFloat", "openvino.Residual",
     }
 )  # fmt: skip
-QUANTIZERS = frozenset(OPERATORS) - {"onnxruntime.GemmToFloat", "onnxruntime.LRN"}
+QUANTIZERS = frozenset(kind for kind in OPERATORS if not kind.endswith(("ToFloat", "LRN")))

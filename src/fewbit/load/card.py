@@ -384,19 +384,8 @@ def card_from_options(
 
     Args:
         source: 'model.onnx', 'file.py:factory', 'package.module:factory', 'torchvision:name' or 'timm:name'.
-        classes: As in `NetworkSection`.
-        size: As in `InputSection`.
-        mean: As in `InputSection`.
-        std: As in `InputSection`.
-        scale: As in `InputSection`; else 255.
-        resize: As in `InputSection`.
-        crop: As in `InputSection`.
-        interpolation: As in `InputSection`; else bilinear.
-        channels: As in `InputSection`.
-        weights: As in `NetworkSection`.
-        labels: As in `NetworkSection`.
-        arguments: As in `NetworkSection`.
-        name: As in `NetworkSection`; else made from the source.
+        classes, weights, labels, arguments, name: As in `NetworkSection`; the name else made from the source.
+        size, mean, std, scale, resize, crop, interpolation, channels: As in `InputSection`.
         folder: What relative paths start from; else the current folder.
 
     Raises:
@@ -411,9 +400,8 @@ def card_from_options(
     try:
         parsed = parse_source(source, folder)
     except CardError as reason:
-        raise CardError(
-            f"'{source}': is neither a .toml card nor a source of a network; give {_FORMS}"
-        ) from reason
+        why = f"'{source}': is neither a .toml card nor a source of a network; give {_FORMS}"
+        raise CardError(why) from reason
     network = {
         "name": name or parsed.factory or (parsed.path.stem if parsed.path else source),
         "source": source,
@@ -422,26 +410,23 @@ def card_from_options(
         "classes": classes,
         "labels": None if labels is None else str(labels),
     }
-    image = {
-        "size": size,
-        "resize": resize,
-        "crop": crop,
-        "interpolation": interpolation,
-        "channels": channels,
-        "scale": scale,
-        "mean": mean,
-        "std": std,
-    }
+    image = {"size": size, "resize": resize, "crop": crop, "interpolation": interpolation}
+    image |= {"channels": channels, "scale": scale, "mean": mean, "std": std}
     data = {"network": _given(network), "input": _given(image)}
+    card = _checked(data, source).placed_in(folder)
+    _check_files(card, source, lambda key: "the network" if key == "source" else f"option --{key}")
+    return card
+
+
+def _checked(data: dict[str, Any], source: str) -> Card:
+    """Build a card of options, and speak of options where one is wrong."""
     try:
-        card = Card.from_data(data, source, CardError).placed_in(folder)
+        return Card.from_data(data, source, CardError)
     except CardError as reason:
         option = re.sub(r"key '(?:network|input)\.(\w+)[^']*'", r"option --\1", str(reason))
         raise CardError(
             option.replace("is missing; add it", "is missing; add it, or give a .toml card")
         ) from reason
-    _check_files(card, source, lambda key: "the network" if key == "source" else f"option --{key}")
-    return card
 
 
 def _given(section: dict[str, Any]) -> dict[str, Any]:
