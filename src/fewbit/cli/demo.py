@@ -13,7 +13,9 @@ BUDGET = "top1-drop<=1%"
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("fewbit-demo"), show_default=True)
-@click.option("--images", type=int, default=4000, show_default=True, help="How many to make.")
+@click.option(
+    "--images", type=click.IntRange(min=1000), default=4000, show_default=True, help="How many to make."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the demo in --out.")
 @json_option
@@ -23,7 +25,7 @@ def demo(ctx: click.Context, out: Path, images: int, seed: int, resume: bool, as
     from fewbit.cli.search import search
     from fewbit.data.demo import demo_cards, write_tar
 
-    data = out / "images.tar"
+    data = out / f"images-{images}.tar"
     if not data.exists():
         click.echo(f"making {images} images of 100 classes: {data}", err=True)
         write_tar(data, "test", images)

@@ -21,7 +21,7 @@ _QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _PASSED = _QUANTIZING | {"Constant"}
 _ACTIVATIONS = frozenset({"Relu", "Clip"})
 # What engines append to the names of nodes that they rewrite.
-_SUFFIX = re.compile(r"(_token_\d+|_nchwc)$")
+_SUFFIX = re.compile(r"(_token_\d+|_bn_nchwc|_nchwc)$")
 _SMALL = 4096
 
 

@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fewbit.engines.reference_graph import Graph, Node
+from fewbit.engines.reference_graph import Array, Graph, Node
 from fewbit.engines.session import Rounding
 
-# How many inputs each operator that may be fused has at most, and how many of them have codes.
+# How many inputs each operator that may be fused has at most; all of them have codes.
 _INPUTS = {"Conv": 3, "Gemm": 3, "MatMul": 2, "Add": 2, "Mul": 2, "GlobalAveragePool": 1}
-_WITH_CODES = {"Conv": 3, "Gemm": 3, "MatMul": 2, "Add": 2, "Mul": 2, "GlobalAveragePool": 1}
-_MATRIX = ("Conv", "Gemm", "MatMul")
+_WITH_WEIGHTS = ("Conv", "Gemm", "MatMul")
+_EIGHT_BIT = (np.uint8, np.int8)
+
+Found = tuple[Node, set[str]] | None  # the new node, and the values that vanish in it
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,25 @@ class _Uses:
 
     makers: dict[str, Node]
     readers: Counter[str]
-    constants: dict[str, np.ndarray]  # type: ignore[type-arg]
+    constants: dict[str, Array]
 
     def alone(self, name: str) -> Node | None:
         """Return the maker of a value that only one operator reads."""
         return self.makers.get(name) if self.readers[name] == 1 else None
 
-    def dequantized(self, name: str) -> bool:
-        """Say whether a value comes straight out of DequantizeLinear."""
+    def dequantized(self, name: str, one_grid: bool = False) -> bool:
+        """Say whether a value comes straight out of DequantizeLinear, and perhaps from one 8-bit grid."""
         maker = self.makers.get(name)
-        return maker is not None and maker.kind == "DequantizeLinear"
+        if maker is None or maker.kind != "DequantizeLinear" or maker.integer("block_size", 0):
+            return False
+        return not one_grid or self.eight_bit(maker)
+
+    def eight_bit(self, node: Node) -> bool:
+        """Say whether a QuantizeLinear or DequantizeLinear has one 8-bit grid that the file knows."""
+        scale, zero_point = (self.constants.get(name) for name in (*node.inputs[1:], "")[:2])
+        if scale is None or zero_point is None:
+            return False
+        return scale.size == 1 and zero_point.size == 1 and zero_point.dtype in _EIGHT_BIT
 
 
 def fuse(graph: Graph, rounding: Rounding) -> Graph:
@@ -68,52 +79,55 @@ def fuse(graph: Graph, rounding: Rounding) -> Graph:
     return replace(graph, nodes=tuple(nodes))
 
 
-def _onnxruntime(node: Node, uses: _Uses) -> tuple[Node, set[str]] | None:
+def _onnxruntime(node: Node, uses: _Uses) -> Found:
     """QLinearConv and the like: one operator with its QuantizeLinear, ReLU and Clip between being a clamp."""
-    if node.kind == "Gemm":
-        return _float_gemm(node, uses)
     if node.kind == "LRN":
         return replace(node, kind="onnxruntime.LRN"), set()
-    if node.kind != "QuantizeLinear":
+    if node.kind == "Gemm" and _runs_on_codes(node, uses):  # where a QuantizeLinear follows, that takes it in
+        return replace(node, kind="onnxruntime.GemmToFloat"), set()
+    if node.kind != "QuantizeLinear" or not uses.eight_bit(node):
         return None
     maker, bounds, swallowed = _before_activations(node, uses)
     if maker is None or not _runs_on_codes(maker, uses):
         return None
-    new = replace(
-        maker,
-        kind=f"onnxruntime.{maker.kind}",
-        inputs=(*_inputs(maker), *node.inputs[1:3]),
-        outputs=node.outputs,
-        attributes=maker.attributes | bounds,
-    )
+    new = _fused(maker, f"onnxruntime.{maker.kind}", _inputs(maker), node, bounds)
     return new, swallowed | {maker.outputs[0]}
 
 
-def _openvino(node: Node, uses: _Uses) -> tuple[Node, set[str]] | None:
+def _openvino(node: Node, uses: _Uses) -> Found:
     """A Conv with its FakeQuantize, and the sum of a Conv and a tensor of codes."""
     if node.kind in ("Conv", "Gemm") and _runs_on_codes(node, uses):
         return replace(node, kind=f"openvino.{node.kind}ToFloat"), set()
     if node.kind == "LRN" and (node.integer("size", 0), node.number("beta", 0.75)) == (5, 0.75):
         return replace(node, kind="openvino.LRN"), set()
-    if node.kind != "QuantizeLinear":
+    if node.kind != "QuantizeLinear" or not uses.eight_bit(node):
         return None
     maker, bounds, swallowed = _before_activations(node, uses)
     if maker is None or maker.kind == "LRN":
-        attributes = node.attributes | {"low": -np.inf, "high": np.inf}
-        return replace(node, kind="openvino.QuantizeLinear", attributes=attributes), set()
-    swallowed |= {maker.outputs[0]}
-    if maker.kind == "Conv" and _runs_on_codes(maker, uses):
-        inputs = (*_inputs(maker), *node.inputs[1:3])
-        new = replace(maker, kind="openvino.Conv", inputs=inputs, outputs=node.outputs)
-        return replace(new, attributes=maker.attributes | bounds), swallowed
+        free = {"low": -np.inf, "high": np.inf}
+        return replace(node, kind="openvino.QuantizeLinear", attributes=node.attributes | free), set()
+    if maker.kind in ("Conv", "GlobalAveragePool") and _runs_on_codes(maker, uses):
+        new = _fused(maker, f"openvino.{maker.kind}", _inputs(maker), node, bounds)
+        return new, swallowed | {maker.outputs[0]}
     if maker.kind == "Add":
-        for codes, floats in (maker.inputs, maker.inputs[::-1]):
-            conv = uses.alone(floats)
-            if conv is not None and conv.kind == "Conv" and uses.dequantized(codes) and _runs_on_codes(conv, uses):
-                inputs = (codes, *_inputs(conv), *node.inputs[1:3])
-                new = replace(conv, kind="openvino.Residual", inputs=inputs, outputs=node.outputs)
-                return replace(new, attributes=conv.attributes | bounds), swallowed | {floats}
+        for codes, sums in (maker.inputs, maker.inputs[::-1]):
+            conv = uses.alone(sums)
+            if conv is None or conv.kind != "Conv" or not _runs_on_codes(conv, uses):
+                continue
+            if uses.dequantized(codes, one_grid=True):
+                new = _fused(conv, "openvino.Residual", (codes, *_inputs(conv)), node, bounds)
+                return new, swallowed | {maker.outputs[0], sums}
     return None
+
+
+def _fused(main: Node, kind: str, inputs: tuple[str, ...], quantizer: Node, bounds: dict[str, float]) -> Node:
+    return replace(
+        main,
+        kind=kind,
+        inputs=(*inputs, *quantizer.inputs[1:3]),
+        outputs=quantizer.outputs,
+        attributes=main.attributes | bounds,
+    )
 
 
 def _before_activations(node: Node, uses: _Uses) -> tuple[Node | None, dict[str, float], set[str]]:
@@ -132,20 +146,12 @@ def _inputs(node: Node) -> tuple[str, ...]:
     return (*node.inputs, *("",) * (_INPUTS[node.kind] - len(node.inputs)))
 
 
-def _float_gemm(node: Node, uses: _Uses) -> tuple[Node, set[str]] | None:
-    """The last layer, whose output stays float."""
-    read = uses.makers.values()
-    quantized = any(n.kind == "QuantizeLinear" and n.inputs[0] == node.outputs[0] for n in read)
-    if quantized or not _runs_on_codes(node, uses):
-        return None
-    return replace(node, kind="onnxruntime.GemmToFloat"), set()
-
-
 def _runs_on_codes(node: Node, uses: _Uses) -> bool:
-    """Say whether all inputs that have to have codes have them."""
-    if node.kind not in _INPUTS:
+    """Say whether an operator is one that integers are computed of: all its inputs have codes."""
+    if node.kind not in _INPUTS or (node.number("alpha", 1.0), node.number("beta", 1.0)) != (1.0, 1.0):
         return False
-    return all(uses.dequantized(name) for name in node.inputs[: _WITH_CODES[node.kind]] if name)
+    activations = 1 if node.kind in _WITH_WEIGHTS else len(node.inputs)
+    return all(uses.dequantized(name, place < activations) for place, name in enumerate(node.inputs) if name)
 
 
 def _bounds(node: Node, uses: _Uses) -> tuple[float, float] | None:
@@ -158,7 +164,7 @@ def _bounds(node: Node, uses: _Uses) -> tuple[float, float] | None:
     return -np.inf if low is None else low, np.inf if high is None else high
 
 
-_REWRITES: dict[Rounding, Callable[[Node, _Uses], tuple[Node, set[str]] | None]] = {
+_REWRITES: dict[Rounding, Callable[[Node, _Uses], Found]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }

@@ -138,6 +138,9 @@ def accumulate(node: Node, arguments: Arguments) -> tuple[Array, Coded, Coded]:
     right = w.transposed if gemm and node.integer("transB", 0) else w
     sums, bound = _conv_sums(node, x, w) if kind in CONVOLUTIONS else _matmul_sums(left, right)
     if b is not None:
+        unit = x.scale.astype(np.float64) * w.scale.astype(np.float64)
+        if not np.allclose(b.scale, unit, rtol=1e-6, atol=0):
+            raise node.error("its bias has not the unit of its sums; run this file with rounding exact")
         bound += float(np.abs(b.codes.astype(np.float64)).max(initial=0))
         # In float64: the sums' own type may be just wide enough without the bias.
         sums = sums + b.codes.astype(np.float64).reshape(-1, *[1] * (sums.ndim - 2))

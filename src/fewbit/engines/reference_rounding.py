@@ -1,28 +1,33 @@
 """How an engine rounds: its own float32 formulas in place of the normative ones, code for code.
 
-Source: ONNX Runtime 1.31, onnxruntime/core/mlas/lib (quantize.cpp, intrinsics/avx2/qladd_avx2.cpp, qlmul.cpp,
-qlgavgpool.cpp), core/providers/cpu/quantization/qlinearconv.cc, contrib_ops/cpu/quantization/quant_gemm.cc.
+Everything here is float32 unless it says otherwise; each operation rounds. Sx, Zx: scale and zero point of
+a tensor x; y: the output. Found in the sources named below and checked on real networks, on a processor with
+AVX-512 VNNI; another kernel (AVX2, ARM) may order its operations otherwise.
+
+Source: ONNX Runtime 1.31: onnxruntime/core/mlas/lib (quantize.cpp for Conv and Gemm, avx2/qladd_avx2.cpp,
+qlmul.cpp, qlgavgpool.cpp), core/providers/cpu/nn/lrn.cc, contrib_ops/cpu/quantization/quant_gemm.cc.
+OpenVINO 2026.4: src/plugins/intel_cpu/src (dnnl_postops_composer.cpp, nodes/fake_quantize.cpp),
+src/common/snippets/src/pass/fq_decomposition.cpp, src/common/low_precision_transformations/src/add.cpp. Which
+products and sums of OpenVINO are fused into one instruction was found by experiment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fewbit.engines.reference_graph import Array, Coded, Node, floats
-from fewbit.engines.reference_layers import Arguments, Operator, accumulate
+from fewbit.engines.reference_layers import Operator, accumulate
 
 Floats = NDArray[np.float32]
+Given = Sequence[Any]  # the inputs of a fused node; `reference_fusion` knows what each one is
 STEPS = np.float32(255)  # of an 8-bit grid
 
 
-def _three(arguments: Arguments) -> list[Any]:
-    return [*arguments, None, None][:3]
-
-
-def fused_multiply_add(x: Array, y: Array, z: Array) -> Floats:
+def fused_multiply_add(x: ArrayLike, y: ArrayLike, z: ArrayLike) -> Floats:
     """Return ``x y + z`` rounded once to float32, as one instruction does.
 
     The product of two float32 is exact in float64, so only the sum is rounded twice, which shows where it
@@ -43,8 +48,8 @@ def to_codes(steps: Floats, node: Node, scale: Array, zero_point: Array, added: 
         added: The zero point is in `steps` already.
     """
     limits = np.iinfo(zero_point.dtype)
-    offset = int(zero_point.reshape(()))
-    step = np.float32(scale.reshape(()))
+    offset = int(zero_point)
+    step = np.float32(scale)
     low, high = (np.rint(np.float32(node.number(key, 0.0)) / step) + offset for key in ("low", "high"))
     codes = np.rint(steps)
     codes += np.float32(0 if added else offset)
@@ -58,22 +63,23 @@ def along(values: Array, sums: Array, axis: int = 1) -> Array:
     return values.reshape([-1 if d == axis % sums.ndim else 1 for d in range(sums.ndim)])
 
 
-def onnxruntime_sums(node: Node, arguments: Arguments) -> Array:
+def onnxruntime_sums(node: Node, arguments: Given) -> Array:
     """Conv, Gemm, MatMul: ``M = Sx Sw[o] / Sy`` from left to right, ``rint(float32(acc) M) + Z``."""
     *inputs, scale, zero_point = arguments
     sums, x, w = accumulate(node, inputs)
-    factor = (x.scale * w.scale) / np.float32(scale.reshape(()))  # type: ignore[union-attr]
+    factor = (x.scale * w.scale) / np.float32(scale)
     axis = -1 if node.kind.endswith("MatMul") else 1
-    return to_codes(sums.astype(np.float32) * along(factor, sums, axis), node, scale, zero_point)  # type: ignore[arg-type]
+    steps = sums.astype(np.float32) * along(factor, sums, axis)
+    return to_codes(steps, node, scale, zero_point)
 
 
-def onnxruntime_gemm_to_float(node: Node, arguments: Arguments) -> Floats:
+def onnxruntime_gemm_to_float(node: Node, arguments: Given) -> Floats:
     """Gemm whose output stays float: ``float32(acc) (Sx Sw[o])``."""
     sums, x, w = accumulate(node, arguments)
     return np.asarray(sums.astype(np.float32) * along(x.scale * w.scale, sums))
 
 
-def onnxruntime_add(node: Node, arguments: Arguments) -> Array:
+def onnxruntime_add(node: Node, arguments: Given) -> Array:
     """Add: ``rint(fma(qa, Ra, fma(qb, Rb, F)))``, ``Ra = Sa / Sy``, ``F = Zy - (Ra Za + Rb Zb)``."""
     a, b, scale, zero_point = arguments
     ratio_a, ratio_b = a.scale / scale, b.scale / scale
@@ -82,7 +88,7 @@ def onnxruntime_add(node: Node, arguments: Arguments) -> Array:
     return to_codes(steps, node, scale, zero_point, added=True)
 
 
-def onnxruntime_global_average(node: Node, arguments: Arguments) -> Array:
+def onnxruntime_global_average(node: Node, arguments: Given) -> Array:
     """GlobalAveragePool: ``rint(float32(sum (q - Z)) M) + Zy`` with ``M = Sx / (Sy H W)``."""
     x, scale, zero_point = arguments
     axes = tuple(range(2, x.codes.ndim))
@@ -92,7 +98,7 @@ def onnxruntime_global_average(node: Node, arguments: Arguments) -> Array:
     return to_codes(sums.astype(np.float32) * factor, node, scale, zero_point)
 
 
-def onnxruntime_multiply(node: Node, arguments: Arguments) -> Array:
+def onnxruntime_multiply(node: Node, arguments: Given) -> Array:
     """Mul: ``rint(float32((qa - Za) (qb - Zb)) M + Zy)`` with ``M = Sa Sb / Sy``, the sum in float32 too."""
     a, b, scale, zero_point = arguments
     product = (a.codes.astype(np.int64) - a.zero_point) * (b.codes.astype(np.int64) - b.zero_point)
@@ -100,13 +106,13 @@ def onnxruntime_multiply(node: Node, arguments: Arguments) -> Array:
     return to_codes(steps + zero_point.astype(np.float32), node, scale, zero_point, added=True)
 
 
-def onnxruntime_lrn(node: Node, arguments: Arguments) -> Floats:
+def onnxruntime_lrn(node: Node, arguments: Given) -> Floats:
     """LRN: a window of squares that slides over the channels, all in float32; the power rounded once.
 
     The first channel's sum is ``bias + alpha / size x^2`` term by term; the next ones add a head, then take
     off a tail.
     """
-    x = floats(arguments[0])  # type: ignore[arg-type]
+    x = floats(arguments[0])
     size = node.integer("size", 1)
     share = np.float32(np.float32(node.number("alpha", 1e-4)) / np.float32(size))
     before = (size - 1) // 2
@@ -119,13 +125,13 @@ def onnxruntime_lrn(node: Node, arguments: Arguments) -> Floats:
     for c in range(1, x.shape[1]):
         sums[:, c] = (sums[:, c - 1] + squares[:, c + size - 1]) - squares[:, c - 1]
     power = np.power(sums.astype(np.float64), -float(np.float32(node.number("beta", 0.75))))
-    return x * power.astype(np.float32)
+    return np.asarray(x * power.astype(np.float32))
 
 
 def openvino_interval(scale: Array, zero_point: Array) -> tuple[np.float32, np.float32]:
     """Return the real values of a grid's smallest and largest code, which a FakeQuantize is made of."""
-    limits, offset = np.iinfo(zero_point.dtype), np.float32(zero_point.reshape(()))
-    step = np.float32(scale.reshape(()))
+    limits, offset = np.iinfo(zero_point.dtype), np.float32(zero_point)
+    step = np.float32(scale)
     return step * (np.float32(limits.min) - offset), step * (np.float32(limits.max) - offset)
 
 
@@ -147,9 +153,9 @@ def openvino_codes(steps: Floats, node: Node, scale: Array, zero_point: Array) -
     return to_codes(codes, node, scale, zero_point, added=True)
 
 
-def openvino_sums_to_float(node: Node, arguments: Arguments) -> Floats:
+def openvino_sums_to_float(node: Node, arguments: Given) -> Floats:
     """Conv, Gemm without a quantizer: ``float32(acc) (Sx Sw[o]) + b``, each step rounded."""
-    x, w, b = _three(arguments)
+    x, w, b = [*arguments, None][:3]
     sums, _, _ = accumulate(node, [x, w, None])
     values = sums.astype(np.float32) * along(openvino_grid(x)[0] * w.scale, sums)
     return np.asarray(values if b is None else values + along(floats(b), sums))
@@ -160,7 +166,7 @@ def twice_inverted(factor: np.float32) -> np.float32:
     return np.float32(1) / (np.float32(1) / factor)
 
 
-def openvino_conv(node: Node, arguments: Arguments) -> Array:
+def openvino_conv(node: Node, arguments: Given) -> Array:
     """Conv with its FakeQuantize: ``rint(y F'')``, or with a zero point ``rint(fma(y, F, Z))``.
 
     ``F = 255 / (h - l)`` and ``Z = -255 l / (h - l)`` with the interval (l, h) of the output grid; F'' is F
@@ -186,13 +192,13 @@ def openvino_fake_quantize(
     return openvino_codes(steps, node, scale, zero_point)
 
 
-def openvino_quantize(node: Node, arguments: Arguments) -> Array:
+def openvino_quantize(node: Node, arguments: Given) -> Array:
     """QuantizeLinear of floats."""
-    x, scale, zero_point = _three(arguments)
+    x, scale, zero_point = arguments
     return openvino_fake_quantize(floats(x), openvino_interval(scale, zero_point), node, scale, zero_point)
 
 
-def openvino_residual(node: Node, arguments: Arguments) -> Array:
+def openvino_residual(node: Node, arguments: Given) -> Array:
     """Add of codes and a Conv in float, then FakeQuantize, all in steps of the codes' grid (S, Z).
 
     ``v = (y - Z S) (1 / S)'' + q``, then FakeQuantize with ``l / S`` and ``h / S``.
@@ -208,9 +214,21 @@ def openvino_residual(node: Node, arguments: Arguments) -> Array:
     return openvino_fake_quantize(values, (low / step, high / step), node, scale, zero_point)
 
 
-def openvino_lrn(node: Node, arguments: Arguments) -> Floats:
+def openvino_global_average(node: Node, arguments: Given) -> Array:
+    """GlobalAveragePool: ``m = sum q / (H W) - Z`` in steps of the input, then its FakeQuantize."""
+    x, scale, zero_point = arguments
+    axes = tuple(range(2, x.codes.ndim))
+    step, offset = openvino_grid(x)
+    lowest = int(np.iinfo(x.codes.dtype).min)
+    sums = (x.codes.astype(np.int64) - lowest).sum(axis=axes, keepdims=True)
+    means = sums.astype(np.float32) / np.float32(np.prod(x.codes.shape[2:])) - offset
+    low, high = openvino_interval(scale, zero_point)
+    return openvino_fake_quantize(means, (low / step, high / step), node, scale, zero_point)
+
+
+def openvino_lrn(node: Node, arguments: Given) -> Floats:
     """LRN of 5 channels and beta 3/4: ``x / sqrt(sqrt(s^3))``, ``s = fma(sum x^2, alpha / 5, bias)``."""
-    x = floats(arguments[0])  # type: ignore[arg-type]
+    x = floats(arguments[0])
     share, bias = np.float32(node.number("alpha", 1e-4) / 5), np.float32(node.number("bias", 1.0))
     padded = np.pad(x, ((0, 0), (2, 2), (0, 0), (0, 0)))
     channels = x.shape[1]
@@ -228,15 +246,16 @@ OPERATORS: dict[str, Operator] = {
     "onnxruntime.MatMul": onnxruntime_sums,
     "onnxruntime.GemmToFloat": onnxruntime_gemm_to_float,
     "onnxruntime.Add": onnxruntime_add,
+    "onnxruntime.Mul": onnxruntime_multiply,
+    "onnxruntime.GlobalAveragePool": onnxruntime_global_average,
+    "onnxruntime.LRN": onnxruntime_lrn,
+    "openvino.QuantizeLinear": openvino_quantize,
     "openvino.Conv": openvino_conv,
     "openvino.ConvToFloat": openvino_sums_to_float,
     "openvino.GemmToFloat": openvino_sums_to_float,
-    "openvino.LRN": openvino_lrn,
     "openvino.Residual": openvino_residual,
-    "openvino.QuantizeLinear": openvino_quantize,
-    "onnxruntime.LRN": onnxruntime_lrn,
-    "onnxruntime.Mul": onnxruntime_multiply,
-    "onnxruntime.GlobalAveragePool": onnxruntime_global_average,
+    "openvino.GlobalAveragePool": openvino_global_average,
+    "openvino.LRN": openvino_lrn,
 }
 
 # Which of them are convolutions or matrix products, and which put out codes.

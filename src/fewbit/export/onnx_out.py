@@ -128,7 +128,7 @@ class _Walk:
 
         Between a dequantized input and a quantized output it takes the weight to int8 by itself, with one
         scale a tensor (its WeightBiasQuantization, seen with 1.31.1: one depthwise layer "left in float" took
-        MobileNet v1 from 53 % to 3 %). A clip at the ends of the input's own grid changes no value and stops it.
+        MobileNet v1 from 53 % to 3 %). A clip at the ends of the input's grid changes no value and stops it.
         """
         source = layer.node.args[0] if isinstance(layer.module, nn.Conv2d | nn.Linear) else None
         before = self.layers[source].module if isinstance(source, fx.Node) and source in self.layers else None

@@ -228,8 +228,10 @@ def _next_count(view: Standing, pair: Pair, base: str, layers: int) -> int | Non
         best = view.best(without=pair)
         count = 1
         while count in tried:
-            slower = best is not None and view.value(tried[count]) <= view.value(best)
-            if slower or tried[count].state == "failed":
+            last = tried[count]
+            known = last.timing is not None or view.terms.objective == "size"
+            slower = known and best is not None and view.value(last) <= view.value(best)
+            if slower or last.state == "failed":
                 return None
             count *= 2
         return count if count < layers else None

@@ -128,7 +128,15 @@ def test_the_same_card_twice_is_told(fewbit: Fewbit, job: Path, tmp_path: Path) 
     assert "search: two cards are named 'tiny'; give each network a name of its own" in said.line
 
 
-def test_the_demo_passes_its_facts_on(fewbit: Fewbit, tmp_path: Path) -> None:
+def test_the_demo_needs_images_of_every_class(fewbit: Fewbit, tmp_path: Path) -> None:
     said = fewbit("demo", "--out", tmp_path / "demo", "--images", "5")
-    assert said.code == 2 and "\n" not in said.err.strip().splitlines()[-1]
-    assert not list(tmp_path.rglob("*.onnx"))
+    assert said.code == 2 and "Invalid value for '--images': 5 is not in the range x>=1000" in said.line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_demo_finds_a_network(fewbit: Fewbit, tmp_path: Path) -> None:
+    said = fewbit("demo", "--out", tmp_path / "demo", "--images", "1000", "--json")
+    assert said.code in (0, 3) and said.answer["network"].startswith("demo")
+    assert said.err.startswith("making 1000 images of 100 classes: ")
+    assert (tmp_path / "demo" / "report.html").is_file()
