@@ -118,7 +118,7 @@ def main(
 ) -> None:
     """Print the table."""
     rows = []
-    names: list[EngineName] = [name for name in engines.split(",")]  # type: ignore[misc]
+    names: list[EngineName] = list(engines.split(","))  # type: ignore[misc]
     table = Table("network", "recipe", "engine", "images", "top-1 %, 95 %", "drop, points, 95 %", "changed %")
     for name in cards:
         for row in measure(read_card(name), recipes.split(","), names, calibration_images, seed):
@@ -141,7 +141,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         drop = f"{100 * row['top1_drop']:.2f} \\[{100 * low:.2f}, {100 * high:.2f}]"
         flips = f"{row['flips']:.2%}"
     else:
-        drop = f"{row['top1_correct']} / {row['top5_correct']} right, card: {'equal' if row['as_card_expects'] else 'NOT EQUAL'}"
+        verdict = "equal" if row["as_card_expects"] else "NOT EQUAL"
+        drop = f"{row['top1_correct']} / {row['top5_correct']} right, card: {verdict}"
     return [row["network"], row["recipe"], row["engine"], str(row["images"]), top1, drop, flips]
 
 

@@ -20,9 +20,8 @@ def long_functions(path: Path, tree: ast.Module) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION:
-                faults.append(
-                    f"{path}:{node.lineno}: function {node.name} has {length} lines, allowed are {MAX_FUNCTION}"
-                )
+                where = f"{path}:{node.lineno}: function {node.name}"
+                faults.append(f"{where} has {length} lines, allowed are {MAX_FUNCTION}")
         if isinstance(node, ast.ClassDef) and node.name.strip("_").endswith(BANNED_WORDS):
             faults.append(f"{path}:{node.lineno}: class {node.name}: choose a noun of the field")
     return faults

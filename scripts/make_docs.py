@@ -1,4 +1,4 @@
-"""Make docs/methods/*.md: one page a method, from its docstring. With --check, fail where a page is out of date."""
+"""Make docs/methods/*.md: one page a method, from its docstring; with --check, fail where one is out of date."""
 
 from __future__ import annotations
 

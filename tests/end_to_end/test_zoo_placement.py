@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from zoo import NETWORKS, SIZE, zoo
 
 from fewbit.engines.process import EngineProcess
 from fewbit.engines.session import Setting
@@ -18,6 +17,7 @@ from fewbit.net import Net
 from fewbit.place.targets import target
 from fewbit.recipe import Context, read_recipe, run_recipe
 from fewbit.spec import Scheme
+from zoo import NETWORKS, SIZE, zoo
 
 
 @cache

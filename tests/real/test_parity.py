@@ -11,7 +11,6 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from real_names import ENGINES, NETWORKS
 from numpy.typing import NDArray
 
 from fewbit.data.image_set import ImageSet
@@ -19,6 +18,7 @@ from fewbit.engines.process import EngineProcess
 from fewbit.engines.reference import Reference
 from fewbit.engines.session import Setting
 from fewbit.place.simulate import simulate_recorded
+from real_names import ENGINES, NETWORKS
 
 pytestmark = pytest.mark.needs_shared
 ONE_STEP, SHARE = 1, 0.999
@@ -40,7 +40,9 @@ def open_all(path: Path, folder: Path) -> tuple[Path, list[str]]:
     return everything, names
 
 
-def run_all(engine: str, path: Path, names: list[str], images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+def run_all(
+    engine: str, path: Path, names: list[str], images: NDArray[np.float32]
+) -> list[NDArray[np.generic]]:
     """Return the logits and the codes that the engine itself puts out."""
     wanted = ["logits", *names]
     if engine == "onnxruntime":

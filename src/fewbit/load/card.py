@@ -384,17 +384,27 @@ def card_from_options(
 
     Args:
         source: 'model.onnx', 'file.py:factory', 'package.module:factory', 'torchvision:name' or 'timm:name'.
-        classes, weights, labels, arguments, name: As in `NetworkSection`; the name else made from the source.
-        size, mean, std, scale, resize, crop, interpolation, channels: As in `InputSection`.
+        classes: As in `NetworkSection`.
+        size: As in `InputSection`, like the other keys of an image.
+        mean: One number a channel.
+        std: One number a channel.
+        scale: Else 255.
+        resize: Shorter side.
+        crop: Centre crop.
+        interpolation: Else bilinear.
+        channels: Else rgb.
+        weights: As in `NetworkSection`, like the other keys of a network.
+        labels: Of a labels file.
+        arguments: Of the factory.
+        name: Else made from the source.
         folder: What relative paths start from; else the current folder.
 
     Raises:
         CardError: An option is missing or wrong, or names a file that is missing.
 
     Example:
-        >>> card = card_from_options("timm:resnet18", classes=10, size=[3, 32, 32], mean=[0] * 3, std=[1] * 3)
-        >>> card.network.name, card.input.scale
-        ('resnet18', 255.0)
+        >>> card_from_options("timm:r18", classes=9, size=[1, 8, 8], mean=[0], std=[1]).network.name
+        'r18'
     """
     folder = Path.cwd() if folder is None else Path(folder)
     try:
@@ -410,7 +420,7 @@ def card_from_options(
         "classes": classes,
         "labels": None if labels is None else str(labels),
     }
-    image = {"size": size, "resize": resize, "crop": crop, "interpolation": interpolation}
+    image: dict[str, Any] = {"size": size, "resize": resize, "crop": crop, "interpolation": interpolation}
     image |= {"channels": channels, "scale": scale, "mean": mean, "std": std}
     data = {"network": _given(network), "input": _given(image)}
     card = _checked(data, source).placed_in(folder)

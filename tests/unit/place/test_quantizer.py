@@ -71,7 +71,7 @@ def test_without_a_grid_it_says_what_to_do() -> None:
 
 
 def test_a_range_that_is_not_finite_is_refused_by_name() -> None:
-    with pytest.raises(RecipeError, match="tensor 'x': range .* is not finite"):
+    with pytest.raises(RecipeError, match=r"tensor 'x': range .* is not finite"):
         made(float("nan"), 1.0)
 
 
