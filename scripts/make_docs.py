@@ -1,4 +1,4 @@
-"""Make docs/methods/*.md: one page a method, from its docstring; with --check, fail where one is out of date."""
+"""Make docs/methods/*.md: a page a method, from its docstring; --check fails where one is out of date."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_each_tensor_of_the_engine_is_within_one_step_of_the_reference(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", ["resnet20", "squeezenet_v11"])
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "squeezenet_v11", "googlenet"])
 def test_engine_and_reference_choose_the_same_class(
     name: str, engine: str, quantized: Callable[..., object], images_of: Callable[[str, int], ImageSet]
 ) -> None:
@@ -113,6 +113,8 @@ def test_engine_and_reference_choose_the_same_class(
     choices = []
     for runner in (engine, "reference"):
         with EngineProcess(runner) as process:
-            session = process.open(made.path, Setting(engine=runner, batch=16))
+            # Rounding as the engine does: in a deep network one code that differs near a tie, multiplied by
+            # the layers behind it, becomes as much as the quantization noise.
+            session = process.open(made.path, Setting(engine=runner, batch=16, rounding=engine))
             choices.append(session.logits(images.batches(16)).argmax(1))
     assert (choices[0] == choices[1]).mean() >= SAME_TOP1

@@ -80,10 +80,11 @@ def onnxruntime_gemm_to_float(node: Node, arguments: Given) -> Floats:
 
 
 def onnxruntime_add(node: Node, arguments: Given) -> Array:
-    """Add: ``rint(fma(qa, Ra, fma(qb, Rb, F)))``, ``Ra = Sa / Sy``, ``F = Zy - (Ra Za + Rb Zb)``."""
+    """Add: ``rint(fma(qa, Ra, fma(qb, Rb, F)))``, ``Ra = Sa / Sy``, ``F = Zy - fma(Ra, Za, Rb Zb)``."""
     a, b, scale, zero_point = arguments
     ratio_a, ratio_b = a.scale / scale, b.scale / scale
-    fixed = np.float32(zero_point) - (ratio_a * np.float32(a.zero_point) + ratio_b * np.float32(b.zero_point))
+    offset = fused_multiply_add(ratio_a, a.zero_point, ratio_b * np.float32(b.zero_point))
+    fixed = np.float32(zero_point) - offset
     steps = fused_multiply_add(a.codes, ratio_a, fused_multiply_add(b.codes, ratio_b, fixed))
     return to_codes(steps, node, scale, zero_point, added=True)
 

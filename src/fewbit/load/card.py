@@ -380,7 +380,7 @@ def card_from_options(
     name: str | None = None,
     folder: Path | None = None,
 ) -> Card:
-    """Make a card of the same facts given as options; what is None counts as not given.
+    """Make a card of facts given as options; what is None counts as not given.
 
     Args:
         source: 'model.onnx', 'file.py:factory', 'package.module:factory', 'torchvision:name' or 'timm:name'.
@@ -407,11 +407,7 @@ def card_from_options(
         'r18'
     """
     folder = Path.cwd() if folder is None else Path(folder)
-    try:
-        parsed = parse_source(source, folder)
-    except CardError as reason:
-        why = f"'{source}': is neither a .toml card nor a source of a network; give {_FORMS}"
-        raise CardError(why) from reason
+    parsed = _parsed(source, folder)
     network = {
         "name": name or parsed.factory or (parsed.path.stem if parsed.path else source),
         "source": source,
@@ -426,6 +422,14 @@ def card_from_options(
     card = _checked(data, source).placed_in(folder)
     _check_files(card, source, lambda key: "the network" if key == "source" else f"option --{key}")
     return card
+
+
+def _parsed(source: str, folder: Path) -> Source:
+    try:
+        return parse_source(source, folder)
+    except CardError as reason:
+        why = f"'{source}': is neither a .toml card nor a source of a network; give {_FORMS}"
+        raise CardError(why) from reason
 
 
 def _checked(data: dict[str, Any], source: str) -> Card:
