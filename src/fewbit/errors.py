@@ -22,6 +22,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_NEAR = 0.6
+
 
 class FewbitError(Exception):
     """Any error that fewbit raises on purpose."""
@@ -76,15 +78,16 @@ class EngineHung(EngineError):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the nearest known word, or an empty text.
+    """Return " (did you mean 'x'?)" for the nearest known word (the first of equals), or an empty text.
 
     >>> suggest("weigths", ["weights", "source"])
     " (did you mean 'weights'?)"
     >>> suggest("zzz", ["weights"])
     ''
     """
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean '{near[0]}'?)" if near else ""
+    scored = [(difflib.SequenceMatcher(None, other, word).ratio(), other) for other in known]
+    score, near = max(scored, key=lambda pair: pair[0], default=(0.0, ""))
+    return f" (did you mean '{near}'?)" if score >= _NEAR else ""
 
 
 def first_line(reason: BaseException) -> str:

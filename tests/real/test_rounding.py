@@ -27,6 +27,13 @@ pytestmark = [
     ),
 ]
 NETWORKS = ["resnet20", "mobilenet_v2", "squeezenet_v11"]
+# Where more outputs leave the engine's graph as it is; in OpenVINO's mobilenet_v2 they do not.
+READABLE = [
+    (name, engine)
+    for name in NETWORKS
+    for engine in ENGINES
+    if (name, engine) != ("mobilenet_v2", "openvino")
+]
 
 
 def open_dequantized(path: Path, folder: Path) -> tuple[Path, dict[str, str], dict[str, NDArray[np.generic]]]:
@@ -66,8 +73,7 @@ def run_all(
     return [np.array(results[name]) for name in names]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "engine"), READABLE)
 def test_every_code_is_the_engines_end_to_end(
     name: str, engine: str, quantized: Callable[..., object], tmp_path: Path
 ) -> None:

@@ -31,6 +31,8 @@ def test_an_engine_error_is_no_input_error() -> None:
         ("weigths", ["weights", "source"], " (did you mean 'weights'?)"),
         ("minmax2", ["minmax", "mse"], " (did you mean 'minmax'?)"),
         ("zzz", ["weights"], ""),
+        ("top-drop", ["top1-drop", "top5-drop"], " (did you mean 'top1-drop'?)"),
+        ("top-drop", ["top5-drop", "top1-drop"], " (did you mean 'top5-drop'?)"),
         ("", ["weights"], ""),
         ("x", [], ""),
     ],

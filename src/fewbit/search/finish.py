@@ -21,7 +21,7 @@ from fewbit.search.trial import Answer, Confirmation, Trial
 from fewbit.search.trials import Trials
 
 _MOST_CONFIRMED = 3
-_MOST_TRIED = 8
+_MOST_TRIED = 16
 _WORTH, _WORTH_ELSEWHERE = 0.93, 0.75
 _ROUNDS = 20
 _BLOCK_S = 0.2
@@ -79,6 +79,16 @@ class Finish:
             chosen, found, text = nearest, False, advice(self.view, nearest.trial)
         self._keep(chosen.trial)
         return self._answer(chosen, found, text)
+
+    def refuted(self) -> set[str]:
+        """Return the keys of the finalists that the holdout images refuse, up to the first they do not."""
+        keys = set[str]()
+        for trial in finalists(self.view)[:_MOST_TRIED]:
+            finalist = self._try(trial)
+            if finalist is not None and finalist.confirmed:
+                break
+            keys |= {trial.key} if finalist is not None else set()
+        return keys
 
     def _confirm(self) -> tuple[list[Finalist], list[Finalist]]:
         """Walk down the finalists until enough are confirmed; return those that are and those not."""
@@ -202,7 +212,7 @@ class Finish:
     def _time(self, trial: Trial, path: Path, baseline: tuple[Path, Setting]) -> Timing:
         try:
             return self.trials.speeds.time(
-                path, trial.setting, baseline, _ROUNDS, _BLOCK_S, self.budget_s / 2
+                path, (trial.setting,), baseline, _ROUNDS, _BLOCK_S, self.budget_s / 2
             )
         except EngineError as error:
             if trial.timing is None:
@@ -221,7 +231,7 @@ class Finish:
             return None
         try:
             return self.trials.speeds.time(
-                path, trial.setting, other, _ROUNDS // 2, _BLOCK_S, self.budget_s / 3
+                path, (trial.setting,), other, _ROUNDS // 2, _BLOCK_S, self.budget_s / 3
             )
         except EngineError as error:
             self.trials.sessions.forget(trial.setting.engine)

@@ -73,6 +73,9 @@ class Journal:
                 self._open(dict(identity))
         except BaseException:
             self._base.close()
+            if not there:  # half a journal would stand in the way of the next search
+                for end in ("", "-wal", "-shm"):
+                    self.path.with_name(self.path.name + end).unlink(missing_ok=True)
             raise
 
     def __enter__(self) -> Self:

@@ -20,6 +20,7 @@ from fewbit.search.standing import Terms
 
 _SURVEY_S, _SURVEY_CALLS = 1.5, 6
 _VAGUE = 0.3
+_RACED = 2
 _SURVEYS = TypeAdapter(tuple[Surveyed, ...])
 
 
@@ -116,14 +117,14 @@ class Speeds:
         self.journal.decide(name, _SURVEYS.dump_json(found).decode())
         return found
 
-    def best(self, surveyed: Sequence[Surveyed]) -> Setting:
-        """Return the best setting of a survey, of those inside the budgets of latency where there are any."""
+    def best(self, surveyed: Sequence[Surveyed], most: int = 1) -> tuple[Setting, ...]:
+        """Return the best settings of a survey, of those inside budgets of latency where there are any."""
         inside = [
             s
             for s in surveyed
             if s.images_per_s and all(b.holds(s.ms_per_batch) for b in self._latency_budgets())
         ]
-        return (inside or list(surveyed))[0].setting
+        return tuple(s.setting for s in (inside or list(surveyed))[:most])
 
     def baseline(self, network: str, path: Path) -> Setting:
         """Return the setting in which true float32 of a network is fastest, whichever engine runs it.
@@ -135,7 +136,7 @@ class Speeds:
         kept = self.journal.decision(name)
         if kept is not None:
             return Setting.model_validate_json(kept)
-        found, reasons = list[Surveyed](), list[str]()
+        found, reasons = list[Setting](), list[str]()
         for engine in self.terms.engines:
             try:
                 surveyed = self.survey(path, engine, "float32")
@@ -143,19 +144,18 @@ class Speeds:
                 self.sessions.forget(engine)
                 reasons.append(str(error))
                 continue
-            setting = self.best(surveyed)
-            found.append(next(s for s in surveyed if s.setting == setting))
+            found += self.best(surveyed, _RACED)
             self.sessions.free()
         if not found:
             raise EngineError(reasons[0])
-        chosen = self._race(path, [s.setting for s in found])
+        chosen = self._race(path, found)
         self.journal.decide(name, chosen.model_dump_json())
         return chosen
 
     def time(
         self,
         path: Path,
-        setting: Setting,
+        settings: Sequence[Setting],
         against: tuple[Path, Setting],
         rounds: int,
         block_s: float,
@@ -163,11 +163,21 @@ class Speeds:
     ) -> Timing:
         """Time a file side by side with the float32 baseline, twice as long where the ratio stays vague.
 
+        Args:
+            path: The file.
+            settings: How it may be run; the timing of the fastest is returned.
+            against: The baseline.
+            rounds: See `measure_interleaved`.
+            block_s: See `measure_interleaved`.
+            budget_s: Seconds for the pair of a setting and the baseline.
+
         Raises:
-            EngineError: One of the two failed.
+            EngineError: One of them failed.
         """
-        pair = (against, (path, setting))
-        timing = self.time_all(pair, rounds, block_s, budget_s)[1]
+        every = [against, *((path, setting) for setting in settings)]
+        share = budget_s * len(every) / 2
+        timing = max(self.time_all(every, rounds, block_s, share)[1:], key=lambda t: t.images_per_s)
+        pair = (against, (path, timing.setting))
         if timing.ratio and timing.ratio_interval is not None:
             width = (timing.ratio_interval.high - timing.ratio_interval.low) / timing.ratio
             if width > _VAGUE:  # others use the machine: more rounds mend it
@@ -194,7 +204,7 @@ class Speeds:
         )
 
     def _race(self, path: Path, settings: Sequence[Setting]) -> Setting:
-        """Return the faster of the engines' best settings, side by side."""
+        """Return the fastest of the engines' best settings, side by side."""
         if len(settings) == 1:
             return settings[0]
         timings = measure_interleaved(
@@ -203,7 +213,7 @@ class Speeds:
             0.1 * self.pace,
             self.seed,
             baseline=None,
-            budget_s=_SURVEY_S * self.pace,
+            budget_s=_SURVEY_S * self.pace * len(settings) / 2,
         )
         self.sessions.free()
         return max(timings, key=lambda t: t.images_per_s).setting

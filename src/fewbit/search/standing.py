@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -61,10 +61,15 @@ class Standing:
 
     Speeds are compared as ratios to the float32 baseline of the same network, which was timed side by side
     with each trial, times one speed of that baseline: the machine's drift between trials cancels.
+
+    Args:
+        terms: What the search is about.
+        trials: What was measured, in that order.
+        refuted: Keys of trials that the holdout images refused; they meet no budget.
     """
 
-    def __init__(self, terms: Terms, trials: Sequence[Trial]) -> None:
-        self.terms = terms
+    def __init__(self, terms: Terms, trials: Sequence[Trial], refuted: Collection[str] = ()) -> None:
+        self.terms, self.refuted = terms, frozenset(refuted)
         self.trials = [t for t in trials if t.network in terms.networks and t.setting.engine in terms.engines]
 
     def pairs(self) -> list[Pair]:
@@ -89,6 +94,8 @@ class Standing:
 
     def meets(self, trial: Trial) -> bool:
         """Say whether a trial was measured to its end and is inside every budget."""
+        if trial.key in self.refuted:
+            return False
         checks = self.checks(trial)
         return (
             trial.state == "measured"

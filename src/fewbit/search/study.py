@@ -28,6 +28,7 @@ __all__ = ["read_study", "run_study"]
 
 _FINISH_S = 16.0
 _FIRST_TRIAL_S = 8.0
+_MOST_REFUTED = 6
 
 
 class _Known(NamedTuple):
@@ -90,6 +91,7 @@ class _Search:
         self.earlier_s = float(journal.decision("seconds") or 0.0)
         self.notes = _first_notes(known)
         self.history: list[Trial] = []
+        self.refuted: set[str] = set()
         self.rung, self.told = "", 0.0
 
     def run(self) -> StudyRecord:
@@ -98,9 +100,10 @@ class _Search:
             self._tell("note", note)
         self._meet_terms()
         self.history = list(self.journal.trials())
-        ladder = Ladder(lambda history: Standing(self.known.terms, history), self._ranking)
-        while (proposal := ladder.propose(self.history)) is not None and self._may_go_on():
-            self._measure(proposal)
+        self.refuted = set((self.journal.decision("refuted") or "").split())
+        proposal = self._climb()
+        while self._refute():
+            proposal = self._climb()
         self._check_expected()
         answer = self._earlier_answer() if proposal is None else None
         if answer is None:
@@ -111,15 +114,36 @@ class _Search:
         self._tell("answer", text, fraction=1.0)
         return record
 
+    def _climb(self) -> Proposal | None:
+        """Measure what the ladder proposes; return what it would next where time or trials are out."""
+        ladder = Ladder(lambda history: self._standing(), self._ranking)
+        while (proposal := ladder.propose(self.history)) is not None and self._may_go_on():
+            self._measure(proposal)
+        return proposal
+
+    def _refute(self) -> bool:
+        """Hold the best against the holdout images; say whether to climb on, since they refused some."""
+        if len(self.refuted) >= _MOST_REFUTED or not self._may_go_on():
+            return False
+        refuted = self._make_finish().refuted() - self.refuted
+        self.trials.sessions.free()
+        self.refuted |= refuted
+        self.journal.decide("refuted", " ".join(sorted(self.refuted)))
+        return bool(refuted)
+
+    def _standing(self) -> Standing:
+        return Standing(self.known.terms, self.history, self.refuted)
+
     def _measure(self, proposal: Proposal) -> None:
         if proposal.rung != self.rung:
             self.rung = proposal.rung
             self._tell("rung", proposal.rung)
         name = f"{proposal.network} {proposal.recipe} on {proposal.engine}"
         self._tell("begin", name)
-        view = Standing(self.known.terms, self.history)
         trial, predictions = self.trials.measure(
-            proposal, view, lambda text, done: self._tell("progress", f"{name}: {text}", inside=done)
+            proposal,
+            self._standing(),
+            lambda text, done: self._tell("progress", f"{name}: {text}", inside=done),
         )
         self._add(trial, predictions)
         self._tell("end", _told(trial), trial=trial)
@@ -132,17 +156,19 @@ class _Search:
         self.journal.decide("seconds", str(self._seconds()))
         self.journal.decide("record", self._record(None).model_dump_json())
 
-    def _finish(self) -> Answer | None:
-        view = Standing(self.known.terms, self.history)
+    def _make_finish(self) -> Finish:
         left = self._left_s()
         budget_s = _FINISH_S if left is None else max(2.0, min(_FINISH_S, left))
-        finish = Finish(
+        return Finish(
             self.trials,
-            view,
+            Standing(self.known.terms, self.history),
             self.known.options.out,
             budget_s,
             lambda text, done: self._tell("progress", text, inside=done),
         )
+
+    def _finish(self) -> Answer | None:
+        finish = self._make_finish()
         answer = finish.answer()
         for note in finish.notes:
             self._note(note)
@@ -166,6 +192,7 @@ class _Search:
         if before is not None and before != now:
             count = self.journal.forget_dropped()
             self.journal.forget("answer")
+            self.journal.forget("refuted")
             self._note(
                 "the budgets are others than before: what was measured stands, "
                 f"{count} dropped trials may come again"

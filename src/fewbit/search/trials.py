@@ -26,6 +26,7 @@ from fewbit.search.workbench import Built, Workbench
 _ROUNDS = 8
 _BLOCK_S = 0.1
 _TIMING_S = 3.0
+_TIMED_SETTINGS = 2
 
 Inside = Callable[[str, float], None]
 
@@ -213,17 +214,18 @@ class Trials:
         inside("timing", 0.0)
         baseline_file = self.file(bench, read_recipe("float32"), proposal.engine)
         baseline = self.speeds.baseline(bench.name, baseline_file)
+        settings: tuple[Setting, ...]
         like = view.find(proposal.network, proposal.engine, PLAIN)
         if like is not None and like.timing is not None and built.recipe.places:
-            setting = like.setting.model_copy(update={"float_precision": proposal.float_precision})
+            settings = (like.setting.model_copy(update={"float_precision": proposal.float_precision}),)
         else:
             found.survey = self.speeds.survey(built.path, proposal.engine, proposal.float_precision)
-            setting = self.speeds.best(found.survey)
+            settings = self.speeds.best(found.survey, _TIMED_SETTINGS)
         inside("timing", 0.5)
         found.timing = self.speeds.time(
-            built.path, setting, (baseline_file, baseline), _ROUNDS, _BLOCK_S, _TIMING_S
+            built.path, settings, (baseline_file, baseline), _ROUNDS, _BLOCK_S, _TIMING_S
         )
-        found.setting = setting
+        found.setting = found.timing.setting
 
     def _too_slow(self, proposal: Proposal, view: Standing, found: _Findings) -> str:
         """Say which proven trial is better already in what is asked for, empty where none is."""

@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import small_search
+from command import Fewbit, command
 from fewbit.cli.main import main
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a run of the command left."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def answer(self) -> Any:
-        """The JSON on stdout, which holds nothing else."""
-        return json.loads(self.out)
-
-    @property
-    def line(self) -> str:
-        """The one line on stderr."""
-        assert self.err.endswith("\n") and self.err.count("\n") == 1, self.err
-        return self.err.rstrip("\n")
-
-
-Fewbit = Callable[..., Said]
 
 
 @pytest.fixture
 def fewbit(capsys: pytest.CaptureFixture[str]) -> Fewbit:
     """Run the command in this process."""
-
-    def run(*arguments: object) -> Said:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return Said(code, said.out, said.err)
-
-    return run
+    return command(capsys)
 
 
 @pytest.fixture(scope="session")

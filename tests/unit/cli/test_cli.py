@@ -3,14 +3,13 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import onnx
 import pytest
 
+from command import Fewbit
 from fewbit import __version__
 from fewbit.cli.main import COMMANDS
 from fewbit.cli.options import Numbers
@@ -19,8 +18,6 @@ from fewbit.errors import EngineCrashed
 from fewbit.measure.accuracy import Accuracy
 from fewbit.recipe import Recipe, read_recipe, shipped_recipes
 from fewbit.registry import ROWS
-
-Fewbit = Callable[..., Any]
 
 
 def digest(path: Path) -> str:

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
 
+from command import Fewbit
 from fewbit.cli.main import main
 
-Fewbit = Callable[..., Any]
 SHORT = ("--trials", "2", "--minutes", "0.2", "--batch", "1,4", "--engines", "onnxruntime")
 
 
