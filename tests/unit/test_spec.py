@@ -38,7 +38,11 @@ def test_a_spec_comes_back_from_toml_and_json(spec: QuantSpec) -> None:
     assert QuantSpec.from_data(json.loads(spec.model_dump_json())) == spec
 
 
-@pytest.mark.parametrize("data", [SCHEME, Scheme(), Setting(batch=3), *TARGETS.values()], ids=["scheme", "plain", "setting", *TARGETS])
+@pytest.mark.parametrize(
+    "data",
+    [SCHEME, Scheme(), Setting(batch=3), *TARGETS.values()],
+    ids=["scheme", "plain", "setting", *TARGETS],
+)
 def test_nested_data_comes_back_from_toml_and_json(data: Frozen) -> None:
     again = type(data).from_toml(data.to_toml())
     assert again == data and again.digest() == data.digest()
