@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fewbit.cli.options import (
@@ -56,7 +57,7 @@ def bench(subjects: tuple[str, ...], engines: str, batches: tuple[int, ...], **o
     for name, timing in rows:
         setting = timing.setting
         table.add_row(
-            name,
+            escape(name),
             setting.engine,
             str(setting.batch),
             f"{setting.threads} in {setting.streams}",

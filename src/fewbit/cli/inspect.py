@@ -100,7 +100,10 @@ def _print(records: Any, placement: Any) -> None:
         f"{placement.engine}: {placement.integer_operators} operators in integers, "
         f"{placement.float_operators} in float",
         highlight=False,
+        markup=False,
     )
     for operator in placement.operators:
         if operator.precision != "int8" and operator.matrix:
-            console.print(f"in float: {operator.name} ({operator.kind}) {operator.why}", highlight=False)
+            console.print(
+                f"in float: {operator.name} ({operator.kind}) {operator.why}", highlight=False, markup=False
+            )

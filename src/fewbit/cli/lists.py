@@ -80,7 +80,7 @@ def engines(as_json: bool) -> None:
     for row in found:
         for case, precision in row.precisions.items():
             if precision.startswith("none"):
-                console.print(f"{row.engine}, {case}: {precision}", highlight=False)
+                console.print(f"{row.engine}, {case}: {precision}", highlight=False, markup=False)
 
 
 def version_of(package: str) -> str:

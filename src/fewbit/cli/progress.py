@@ -47,7 +47,7 @@ def step_progress(title: str, quiet: bool = False) -> Iterator[Tell]:
 def _bar() -> Progress:
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
@@ -90,9 +90,9 @@ class _Bar:
 
     def __call__(self, event: Event) -> None:
         if event.kind == "end" and event.trial is not None:
-            self.progress.console.print(describe_trial(event.trial), highlight=False)
+            self.progress.console.print(describe_trial(event.trial), highlight=False, markup=False)
         elif event.kind == "note":
-            self.progress.console.print(event.text, highlight=False)
+            self.progress.console.print(event.text, highlight=False, markup=False)
         self.progress.update(
             self.task, description=event.text, completed=event.fraction, left=time_left(event.seconds_left)
         )

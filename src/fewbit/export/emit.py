@@ -27,10 +27,14 @@ class Emitter:
 
     Args:
         net: What is exported.
+
+    Attributes:
+        padded_before: Names of average pools whose padding stays a node of its own.
     """
 
     def __init__(self, net: Net) -> None:
         self.sizes = Sizes(net)
+        self.padded_before: set[str] = set()
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
 
@@ -286,15 +290,22 @@ def _average_pool(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
     include = int(module.count_include_pad)
     attributes, over = _pool(e, layer, [1, 1])
     pads = attributes["pads"]
-    if any(over):  # what a window reaches over the padding never counts
+    if any(over) or layer.name in e.padded_before:  # what a window reaches over the padding never counts
         if include and any(pads):
             amounts = [0, 0, *pads[:2], 0, 0, *pads[2:]]
             padded = [*inputs, e.constant(f"{layer.name}.pads", amounts, np.int64)]
             inputs = [e.add("Pad", f"{layer.name}.padded", padded)]
+            if layer.name in e.padded_before:
+                inputs = [stand_between(e, f"{layer.name}.behind", inputs[0])]
             pads = [0, 0, 0, 0]
         include = 0
     attributes["pads"] = [a + b for a, b in zip(pads, [0, 0, *over], strict=True)]
     return e.add("AveragePool", layer.name, inputs, count_include_pad=include, **attributes)
+
+
+def stand_between(e: Emitter, name: str, x: ir.Value) -> ir.Value:
+    """Add a pool of one pixel: it changes no value, and no engine merges the nodes on its two sides."""
+    return e.add("MaxPool", name, [x], kernel_shape=[1, 1])
 
 
 def _pool(e: Emitter, layer: Layer, dilations: list[int]) -> tuple[dict[str, Any], list[int]]:

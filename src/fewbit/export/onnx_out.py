@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import fx, nn
 
 from fewbit.errors import RecipeError
-from fewbit.export.emit import Emitter
+from fewbit.export.emit import Emitter, stand_between
 from fewbit.export.qdq import dynamic_codes, dynamic_layer, quantize_activation, quantized_layer
 from fewbit.files import write_atomically
 from fewbit.net import Layer, Net
@@ -20,6 +20,7 @@ from fewbit.version import __version__
 
 OPSET = 21
 IR_VERSION = 10
+_NOT_RISING = frozenset({"Silu", "HardSwish", "Gelu", "Mish", "PRelu"})
 
 
 def export_onnx(
@@ -93,6 +94,22 @@ class _Walk:
         self.dynamic: dict[fx.Node, tuple[ir.Value, ir.Value]] = {}
         self.layers = {layer.node: layer for layer in net.layers()}
         self.image = image
+        # Behind a concatenation OpenVINO 2026.4 loses the scale of signed codes, not of unsigned ones around
+        # a zero point of 128.
+        self.joined = {
+            id(layer.module)
+            for layer in self.layers.values()
+            if isinstance(layer.module, Quantizer) and self._joins(layer.node.args[0])
+        }
+
+    def _joins(self, node: object) -> bool:
+        """Tell whether a value is a concatenation, scaled and shifted at most."""
+        while self._kind(node) in ("BatchNorm", "Affine") and isinstance(node, fx.Node):
+            node = node.args[0]
+        return self._kind(node) == "Concat"
+
+    def _kind(self, node: object) -> str:
+        return self.layers[node].kind if isinstance(node, fx.Node) and node in self.layers else "input"
 
     def run(self) -> ir.Value:
         """Emit every layer and return the value of the logits."""
@@ -109,13 +126,18 @@ class _Walk:
         inputs = [self.values[source] for source in layer.node.args if isinstance(source, fx.Node)]
         module, e = layer.module, self.emitter
         if isinstance(module, Quantizer):
-            return quantize_activation(e, module, layer, inputs[0], self.container)
+            container = "unsigned" if id(module) in self.joined else self.container
+            return quantize_activation(e, module, layer, inputs[0], container)
         if isinstance(module, DynamicQuantizer):
             rank = len(e.size_of_input(layer))
             self.dynamic[layer.node] = dynamic_codes(e, module, layer, inputs[0], rank)
             return self.dynamic[layer.node][0]
         if not isinstance(module, QuantConv2d | QuantLinear):
-            return e.layer(layer, self._kept_apart(layer, inputs))
+            if isinstance(module, nn.AvgPool2d) and id(input_quantizer(self.net, layer.node)) in self.joined:
+                e.padded_before.add(
+                    layer.name
+                )  # the same OpenVINO averages over codes of 0, not of the zero point
+            return e.layer(layer, self._kept_behind(layer, self._kept_apart(layer, inputs)))
         reads = input_quantizer(self.net, layer.node)
         if isinstance(reads, DynamicQuantizer):
             source = layer.node.args[0]
@@ -139,3 +161,14 @@ class _Walk:
             self.emitter.constant(f"{layer.name}.apart.{n}", v) for n, v in (("low", low), ("high", high))
         ]
         return [self.emitter.add("Clip", f"{layer.name}.apart", [inputs[0], *ends]), *inputs[1:]]
+
+    def _kept_behind(self, layer: Layer, inputs: list[ir.Value]) -> list[ir.Value]:
+        """Keep OpenVINO from moving an activation from behind a maximum pool to before it.
+
+        It does so behind a convolution, rightly for what only rises, wrongly for SiLU and its like (seen with
+        2026.4).
+        """
+        source = layer.node.args[0] if layer.kind in _NOT_RISING else None
+        if self._kind(source) != "MaxPool" or not isinstance(source, fx.Node) or len(source.users) != 1:
+            return inputs
+        return [stand_between(self.emitter, f"{layer.name}.behind", inputs[0])]

@@ -102,11 +102,9 @@ class Finish:
             if finalist is None:
                 continue
             (confirmed if finalist.confirmed else missed).append(finalist)
-            if not finalist.confirmed:
-                self.notes.append(
-                    f"{describe(trial)} was passed over: it is inside the budget on the search images, "
-                    "not on the holdout images"
-                )
+        if missed:
+            names = ", ".join(describe(f.trial) for f in missed)
+            self.notes.append(f"inside on the search images, refused by the holdout images: {names}")
         return confirmed, missed
 
     def _rivals(self, trial: Trial, confirmed: list[Finalist]) -> bool:

@@ -61,11 +61,7 @@ class Journal:
                 "give a folder you may write to with --out"
             ) from error
         there = self.path.exists() and self.path.stat().st_size > 0
-        if there and not resume:
-            raise JournalError(
-                f"{self.path}: there is a study already; go on with it by --resume {folder}, "
-                "or give another folder with --out"
-            )
+        refuse_another(Path(folder), resume)
         with _explained(self.path):
             self._base = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
         try:
@@ -223,6 +219,20 @@ class Journal:
                     self._base.execute("ROLLBACK")
                 raise
             self._base.execute("COMMIT")
+
+
+def refuse_another(folder: Path, resume: bool) -> None:
+    """Refuse a folder that has a study, unless it is to be gone on with.
+
+    Raises:
+        JournalError: It has one.
+    """
+    path = folder / FILE
+    if path.exists() and path.stat().st_size > 0 and not resume:
+        raise JournalError(
+            f"{path}: there is a study already; go on with it by --resume {folder}, "
+            "or give another folder with --out"
+        )
 
 
 def read_study(folder: Path) -> StudyRecord:

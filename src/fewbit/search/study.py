@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from fewbit.engines.session import EngineName
@@ -13,8 +14,9 @@ from fewbit.files import write_text
 from fewbit.measure.accuracy import Predictions
 from fewbit.measure.host import Host, describe_host, versions
 from fewbit.search.finish import Finish
+from fewbit.search.fit import fewer, share_of_images
 from fewbit.search.gather import expected_note, expected_parts, gather, identity
-from fewbit.search.journal import Journal, Part, read_study
+from fewbit.search.journal import Journal, Part, read_study, refuse_another
 from fewbit.search.ladder import Ladder, Proposal
 from fewbit.search.options import StudyOptions
 from fewbit.search.speeds import Sessions, Speeds
@@ -59,16 +61,15 @@ def run_study(options: StudyOptions, watch: Watch = silence) -> StudyRecord:
     Raises:
         InputError: The networks, the images, the folder or its journal cannot be used.
     """
-    begin = time.perf_counter()
-    _check_writable(options)
-    host, known_versions = describe_host(), versions()
+    begin, host, known_versions = time.perf_counter(), describe_host(), versions()
 
     def tell(text: str, fraction: float) -> None:
         watch(Event("progress", text, inside=fraction))
 
-    benches, data = gather(options, tell)
-    known = _Known(options, _terms(options, host), host, known_versions, benches, data)
     with ExitStack() as stack:
+        stack.enter_context(_folder(options))
+        benches, data = gather(options, tell)
+        known = _Known(options, _terms(options, host), host, known_versions, benches, data)
         journal = stack.enter_context(
             Journal(options.out, identity(options, benches, host, known_versions), options.resume)
         )
@@ -89,7 +90,7 @@ class _Search:
         expected = {bench.name: expected_parts(options, bench) for bench in known.benches}
         self.trials = Trials(known.benches, expected, journal, sessions, speeds)
         self.earlier_s = float(journal.decision("seconds") or 0.0)
-        self.notes = _first_notes(known)
+        self.notes, self.data = _first_notes(known), known.data
         self.history: list[Trial] = []
         self.refuted: set[str] = set()
         self.rung, self.told = "", 0.0
@@ -99,6 +100,7 @@ class _Search:
         for note in self.notes:
             self._tell("note", note)
         self._meet_terms()
+        self._fit_images()
         self.history = list(self.journal.trials())
         self.refuted = set((self.journal.decision("refuted") or "").split())
         proposal = self._climb()
@@ -199,6 +201,22 @@ class _Search:
             )
         self.journal.decide("terms", now)
 
+    def _fit_images(self) -> None:
+        """Take fewer images where all would not fit the minutes; a resumed search takes as many as before."""
+        kept, minutes = self.journal.decision("share of images"), self.known.options.minutes
+        if kept is None:
+            benches = self.known.benches
+            share = 1.0 if minutes is None else share_of_images(self.trials, benches, minutes)
+            self.journal.decide("share of images", kept := str(share))
+        if (share := float(kept)) == 1.0:
+            return
+        for bench in self.known.benches:
+            before, bench.images = bench.images, fewer(bench.images, share)
+            self.trials.expected[bench.name] = ()
+        used, search = len(bench.images.search), len(before.search)
+        self.data = self.data.model_copy(update={"search": used, "holdout": len(bench.images.holdout)})
+        self._note(f"{used} of {search} search images are used, so that the minutes given suffice")
+
     def _ranking(self, network: str, engine: EngineName, base: str) -> tuple[str, ...]:
         name = f"ranking {network} {engine} {base}"
         kept = self.journal.decision(name)
@@ -282,7 +300,7 @@ class _Search:
             objective=options.objective,
             seed=options.seed,
             minutes=options.minutes,
-            data=self.known.data,
+            data=self.data,
             host=self.known.host,
             versions=self.known.versions,
             trials=tuple(trial for trial in self.history if trial.network in names),
@@ -335,14 +353,24 @@ def _told(trial: Trial) -> str:
     return ", ".join(parts)
 
 
-def _check_writable(options: StudyOptions) -> None:
-    """Find out before the work, not after, that the folder cannot be written.
+@contextmanager
+def _folder(options: StudyOptions) -> Iterator[None]:
+    """Make the study's folder before the work begins; where the input cannot be used, leave none behind.
 
     Raises:
-        InputError: It cannot.
+        InputError: It cannot be written, or has a study already.
     """
     if options.out.exists() and not options.out.is_dir():
         raise InputError(f"{options.out}: is a file; give a folder with --out")
+    refuse_another(options.out, options.resume)
+    made = [folder for folder in (options.out / "files", options.out) if not folder.exists()]
     probe = options.out / "files" / ".probe"
     write_text(probe, "")
     probe.unlink()
+    try:
+        yield
+    except InputError:
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        raise

@@ -237,8 +237,8 @@ class Trials:
         if faster is None or faster.timing is None:
             return ""
         return (
-            f"{found.timing.ratio:.2f}x its float32; {describe(faster)} is far faster "
-            f"({faster.timing.ratio:.2f}x) and proven"
+            f"{found.timing.images_per_s:,.0f} images/s; {describe(faster)} runs at about "
+            f"{view.value(faster):,.0f} and is proven"
         )
 
 

@@ -27,7 +27,7 @@ from fewbit.sensitivity.sqnr import layer_records
 from fewbit.step import Context
 from fewbit.version import __version__
 
-_CALIBRATION_BATCH = 32
+_BATCH_VALUES = 4 * 3 * 224 * 224
 _RECORD_IMAGES = 32
 
 Advance = Callable[[str, float], None]
@@ -132,7 +132,7 @@ class Workbench:
 
     def records(self, built: Built) -> tuple[LayerRecord, ...]:
         """Look at each layer of what was built, on a few calibration images."""
-        return tuple(layer_records(self.net, built.net, list(self._some(_RECORD_IMAGES))))
+        return layer_records(self.net, built.net, self._some(_RECORD_IMAGES))
 
     def ranking(self, engine: EngineName, base: str, advance: Advance | None = None) -> tuple[str, ...]:
         """Return the layers in the order in which to leave them in float; see `rank_layers`."""
@@ -147,6 +147,9 @@ class Workbench:
         return image_context(self.images.calibration, engine, self.seed, advance)
 
     def _some(self, images: int) -> Iterator[Tensor]:
+        """Give a few calibration images; few at once of large ones, whose activations need much memory."""
+        channels, rows, columns = self.card.input.size
+        batch = min(32, max(1, _BATCH_VALUES // (channels * rows * columns)))
         few = np.arange(min(images, len(self.images.calibration)))
-        for batch in self.images.calibration.batches(_CALIBRATION_BATCH, few):
-            yield torch.from_numpy(batch)
+        for pixels in self.images.calibration.batches(batch, few):
+            yield torch.from_numpy(pixels)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,63 @@ def test_matrix_products_over_pixels_run_in_integers(engine: str, tmp_path: Path
     placement = ENGINES[engine]().open(tmp_path / "net.onnx", Setting(engine=engine)).placement()  # type: ignore[arg-type]
     assert placement.float_matrix_operators() == ()
     assert sum(operator.matrix for operator in placement.operators) == 4
+
+
+class Joined(nn.Module):
+    """Signed tensors joined right before a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 6, 3), nn.Conv2d(14, CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.cat((self.a(x), self.b(x)), 1)).mean((2, 3))
+
+
+class Behind(nn.Module):
+    """An activation that rises and falls, behind a maximum pool behind a convolution."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.a, self.pool, self.act, self.b = (
+            nn.Conv2d(3, 8, 3),
+            nn.MaxPool2d(2),
+            activation,
+            nn.Conv2d(8, CLASSES, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.act(self.pool(self.a(x)))).mean((2, 3))
+
+
+WRONG_IN_OPENVINO: dict[str, Callable[[], nn.Module]] = {
+    "joined": Joined,
+    "silu": lambda: Behind(nn.SiLU()),
+    "hardswish": lambda: Behind(nn.Hardswish()),
+    "gelu": lambda: Behind(nn.GELU()),
+    "mish": lambda: Behind(nn.Mish()),
+    "prelu": lambda: Behind(nn.PReLU(8, init=-0.5)),
+}
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("recipe", ["float32", "int8", "int8-weights-only"])
+@pytest.mark.parametrize("name", WRONG_IN_OPENVINO)
+def test_what_openvino_gets_wrong_is_written_so_that_it_does_not(
+    name: str, recipe: str, engine: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = capture(WRONG_IN_OPENVINO[name]().eval(), name, SIZE, CLASSES)
+    made, _ = run_recipe(read_recipe(recipe), net, make_context(engine))
+    runs_as_simulated(made, tmp_path / "net.onnx", engine)
+
+
+def test_signed_tensors_that_are_joined_get_unsigned_codes_on_openvino(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = capture(Joined().eval(), "joined", SIZE, CLASSES)
+    made, _ = run_recipe(read_recipe("int8"), net, make_context("openvino"))
+    file = File(made, tmp_path / "net.onnx", "openvino")
+    assert [file.inputs(f"{name}:q")[1] for name in ("a", "b", "cat")] == [np.uint8(128)] * 3
+    assert file.inputs("input:q")[1].dtype == np.int8
+    session = OpenVino().open(tmp_path / "net.onnx", Setting(engine="openvino"))
+    assert session.placement().float_matrix_operators() == ()

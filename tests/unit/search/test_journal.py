@@ -172,6 +172,21 @@ def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
         Journal(tmp_path / "out", IDENTITY)
 
 
+def test_a_full_disk_says_so_and_keeps_what_was_there(tmp_path: Path) -> None:
+    with Journal(tmp_path, IDENTITY) as journal:
+        journal.add(_trial("a"), {"search": _predictions()})
+        pages = journal._base.execute("PRAGMA page_count").fetchone()[0]
+        journal._base.execute(f"PRAGMA max_page_count={pages + 1}")
+        with pytest.raises(
+            OutputError, match=r"study\.db: cannot be written \(database or disk is full\); make room"
+        ):
+            journal.add(_trial("b"), {"search": _predictions(300_000)})
+        assert [t.key for t in journal.trials()] == ["a"]
+    with Journal(tmp_path, IDENTITY, resume=True) as journal:
+        assert [t.key for t in journal.trials()] == ["a"]
+        assert journal.predictions("b", "search") is None
+
+
 def test_two_searches_do_not_write_one_journal(tmp_path: Path) -> None:
     code = (
         "import json, sys, time; from pathlib import Path; from fewbit.search.journal import Journal\n"

@@ -189,6 +189,43 @@ def test_layers_left_in_float_stop_where_they_are_slower_than_what_is_inside() -
     assert [len(t.keep_float) for t in history if t.keep_float] == [1, 2, 4]
 
 
+def test_layers_left_in_float_go_on_past_a_race_that_ended_early() -> None:
+    def answer(p: Proposal) -> Trial:
+        kept = len(p.keep_float)
+        if p.recipe == "float32":
+            return trial(p, 600, 100.0)
+        made = trial(p, 601 if kept >= 2 else 800, 300.0, state="dropped" if kept == 1 else "measured")
+        return made.model_copy(update={"timing": None}) if kept == 1 else made
+
+    history = climb(terms("top1-drop<=1%", engines=("onnxruntime",)), answer)
+    assert [len(t.keep_float) for t in history if t.keep_float] == [1, 2]
+
+
+def test_a_slow_moment_does_not_give_a_faster_engine_up() -> None:
+    """Its ratio's interval reaches past what is inside already."""
+
+    def answer(p: Proposal) -> Trial:
+        if p.recipe == "float32":
+            return trial(p, 600, 100.0)
+        if p.engine == "onnxruntime":
+            return trial(p, 601, 300.0)
+        return trial(p, 800 if p.recipe == "int8" else 601, 295.0 if p.recipe == "int8" else 320.0)
+
+    history = climb(terms("top1-drop<=1%"), answer)
+    assert ("openvino", "int8-moving-average") in names(history)
+
+
+@pytest.mark.parametrize("errors", [600, 700])
+def test_float_layers_are_not_in_bf16_where_that_misses_the_budget(errors: int) -> None:
+    def answer(p: Proposal) -> Trial:
+        if p.recipe in ("float32", "bf16"):
+            return trial(p, errors if p.recipe == "bf16" else 600, 100.0)
+        return trial(p, 601 if p.keep_float else 800, 300.0)
+
+    history = climb(terms("top1-drop<=1%", engines=("openvino",), bf16=("openvino",)), answer)
+    assert history[-1].setting.float_precision == ("bf16" if errors == 600 else "float32")
+
+
 def test_float_layers_run_in_bf16_where_native() -> None:
     def answer(p: Proposal) -> Trial:
         if p.recipe in ("float32", "bf16"):
@@ -275,6 +312,17 @@ def test_for_size_weights_only_is_a_rung() -> None:
     best = Standing(asked, history).best()
     assert best is not None and best.recipe == "int8-weights-only"
     assert not any(t.keep_float for t in history)
+
+
+def test_what_the_holdout_images_refused_is_climbed_past() -> None:
+    asked = terms("top1-drop<=1%", engines=("onnxruntime",))
+    float32 = Proposal(rung="float32", network="net", engine="onnxruntime", recipe="float32", base="float32")
+    plain = Proposal(rung="int8", network="net", engine="onnxruntime", recipe="int8", base="int8")
+    history = [trial(float32, 600, 100.0), trial(plain, 601, 300.0)]
+    refused = Ladder(lambda trials: Standing(asked, trials, {history[1].key}), lambda *_: LAYERS)
+    proposal = refused.propose(history)
+    assert proposal is not None and proposal.recipe == BETTER_RANGES[0]
+    assert Ladder(lambda trials: Standing(asked, trials), lambda *_: LAYERS).propose(history) is None
 
 
 def test_a_slow_minute_of_the_machine_does_not_turn_the_order() -> None:

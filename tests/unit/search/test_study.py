@@ -14,7 +14,7 @@ import torch
 
 from fewbit.data.image_set import ImageSet
 from fewbit.data.images import open_images
-from fewbit.errors import BudgetError, CardError, InputError, JournalError
+from fewbit.errors import BudgetError, CardError, InputError, JournalError, OutputError
 from fewbit.load.capture import load
 from fewbit.load.card import ExpectedSection, read_card
 from fewbit.measure.accuracy import Accuracy, Predictions
@@ -297,6 +297,20 @@ def test_two_networks_compete(fresh: StudyOptions, tmp_path: Path) -> None:
     assert next(t for t in study.trials if t.key == study.answer.key).network == "tiny"
 
 
+def test_what_the_holdout_images_refuse_is_climbed_past(fresh: StudyOptions) -> None:
+    small = replace(fresh, objective="size", engines=("onnxruntime",), batches=(8,))
+    first = run_study(replace(small, trials=2))
+    assert first.answer is not None and first.answer.key == first.trials[1].key
+    seen, held = first.answer.checks[0].value, first.answer.confirmation.checks[0].value
+    assert seen < held, "give make_images another seed: int8 must lose more on the holdout images"
+    between = parse_budget(f"top1-drop<={50 * (seen + held):.2f}%")
+    study = run_study(replace(small, budgets=(between,), resume=True))
+    note = "inside on the search images, refused by the holdout images: tiny int8 on onnxruntime"
+    assert note in study.notes
+    assert study.answer is not None and study.answer.key != first.answer.key
+    assert len(study.trials) > 2
+
+
 def test_a_folder_that_is_a_file(fresh: StudyOptions) -> None:
     fresh.out.write_text("mine")
     with pytest.raises(InputError, match=r"out: is a file; give a folder with --out"):
@@ -304,10 +318,16 @@ def test_a_folder_that_is_a_file(fresh: StudyOptions) -> None:
     assert fresh.out.read_text() == "mine"
 
 
-def test_nothing_is_written_where_the_images_cannot_be_used(fresh: StudyOptions, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(fresh: StudyOptions, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match=r"cannot be written .* give a folder you may write to with --out"):
+        run_study(replace(fresh, out=tmp_path / "file" / "out"))
+
+
+def test_nothing_is_left_where_the_images_cannot_be_used(fresh: StudyOptions, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         run_study(replace(fresh, data=tmp_path / "nowhere"))
-    assert not (fresh.out / FILE).exists()
+    assert not fresh.out.exists()
 
 
 @pytest.mark.parametrize(
