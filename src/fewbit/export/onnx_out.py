@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -96,11 +96,14 @@ class _Walk:
         self.image = image
         # Behind a concatenation OpenVINO 2026.4 loses the scale of signed codes, not of unsigned ones around
         # a zero point of 128.
-        self.joined = {
-            id(layer.module)
-            for layer in self.layers.values()
-            if isinstance(layer.module, Quantizer) and self._joins(layer.node.args[0])
-        }
+        self.joined = {id(module) for module in self._joined()} if self.container == "auto" else set()
+
+    def _joined(self) -> Iterator[Quantizer]:
+        """Give the quantizers with signed codes that stand behind a concatenation."""
+        for layer in self.layers.values():
+            module = layer.module
+            if isinstance(module, Quantizer) and not module.unsigned and self._joins(layer.node.args[0]):
+                yield module
 
     def _joins(self, node: object) -> bool:
         """Tell whether a value is a concatenation, scaled and shifted at most."""

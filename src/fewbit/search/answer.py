@@ -16,19 +16,30 @@ TIE = 0.03
 def finalists(view: Standing) -> list[Trial]:
     """Order the trials inside the budgets for confirmation: the best first, equal ones by accuracy.
 
-    Of trials within `TIE` of the best value, one that is proven goes before one that is not, then the one
-    that is deepest inside the budgets of accuracy.
+    Of trials within `TIE` of the best value, one that is proven goes before one that is not. Of one network,
+    the one with the fewest changed predictions goes first then, which tells apart what accuracies cannot; of
+    several, the one that is deepest inside the budgets of accuracy.
     """
     left, order = view.ranked(), list[Trial]()
     while left:
         top = view.value(left[0])
         equal = [t for t in left if view.value(t) >= top - TIE * abs(top)]
-        chosen = min(
-            equal, key=lambda t: (not view.proven(t), accuracy_excess(view, t), -view.value(t), t.key)
-        )
-        order.append(chosen)
-        left.remove(chosen)
+        order.append(_surest(view, equal))
+        left.remove(order[-1])
     return order
+
+
+def _surest(view: Standing, equal: Sequence[Trial]) -> Trial:
+    """Return the trial that is surest to stay inside the budgets, of those that are equally good."""
+    one_network = len({t.network for t in equal}) == 1
+
+    def order(trial: Trial) -> tuple[bool, float, float, str]:
+        versus = trial.versus_float
+        excess = accuracy_excess(view, trial)
+        near = versus.flips if one_network and versus is not None else excess
+        return not view.proven(trial), near, excess, trial.key
+
+    return min(equal, key=order)
 
 
 def accuracy_excess(view: Standing, trial: Trial) -> float:
@@ -115,10 +126,7 @@ def told_apart(timings: Sequence[tuple[Trial, float, float]], view: Standing) ->
         view: For what the budgets say of them.
 
     Returns:
-        The fastest; of those that the intervals do not tell from it, the deepest inside the budgets.
+        The fastest; of those that the intervals do not tell from it, the surest as in `finalists`.
     """
     fastest = max(timings, key=lambda item: item[1])
-    equal = [item for item in timings if item[1] >= max(fastest[2], (1 - TIE) * fastest[1])]
-    return min(equal, key=lambda item: (not view.proven(item[0]), accuracy_excess(view, item[0]), -item[1]))[
-        0
-    ]
+    return _surest(view, [t for t, speed, _ in timings if speed >= max(fastest[2], (1 - TIE) * fastest[1])])

@@ -69,9 +69,8 @@ class Finish:
             chosen = self._choose(confirmed)
             found, text = True, ""
         elif missed:
-            chosen, found = missed[0], False
-            figures = self._figures(chosen.trial, chosen.confirmation)
-            text = holdout_advice(self.view, figures, describe(chosen.trial))
+            chosen, found = min(missed, key=self._excess), False
+            text = holdout_advice(self.view, self._figures(chosen), describe(chosen.trial))
         else:
             nearest = self._nearest()
             if nearest is None:
@@ -165,8 +164,13 @@ class Finish:
         self.trials.journal.add_predictions(trial.key, "holdout", found)
         return found
 
-    def _figures(self, trial: Trial, confirmation: Confirmation) -> Measured:
+    def _figures(self, finalist: Finalist) -> Measured:
+        trial, confirmation = finalist
         return Measured(confirmation.accuracy, confirmation.versus_float, trial.bytes, trial.timing)
+
+    def _excess(self, finalist: Finalist) -> float:
+        """Say how far a finalist is outside its worst budget on the holdout images."""
+        return max(budget.excess(self._figures(finalist)) for budget in self.view.terms.budgets)
 
     def _choose(self, confirmed: list[Finalist]) -> Finalist:
         """Time the confirmed finalists side by side, take the fastest; for size take the smallest."""

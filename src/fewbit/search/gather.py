@@ -63,6 +63,7 @@ def identity(
         "fewbit": __version__,
         "host": f"{host.cpu}, {host.cores} cores, {' '.join(host.isa)}",
         "objective": options.objective,
+        "engines": ",".join(sorted(options.engines)),
         "batch": ",".join(str(batch) for batch in sorted(options.batches)),
         "threads": str(options.threads or host.cores),
         "seed": str(options.seed),

@@ -208,14 +208,15 @@ def test_matrix_products_over_pixels_run_in_integers(engine: str, tmp_path: Path
 
 
 class Joined(nn.Module):
-    """Signed tensors joined right before a convolution."""
+    """Signed tensors joined, something between, a convolution."""
 
-    def __init__(self) -> None:
+    def __init__(self, between: nn.Module) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 6, 3), nn.Conv2d(14, CLASSES, 1)
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 6, 3)
+        self.between, self.c = between, nn.Conv2d(14, CLASSES, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(torch.cat((self.a(x), self.b(x)), 1)).mean((2, 3))
+        return self.c(self.between(torch.cat((self.a(x), self.b(x)), 1))).mean((2, 3))
 
 
 class Behind(nn.Module):
@@ -235,7 +236,10 @@ class Behind(nn.Module):
 
 
 WRONG_IN_OPENVINO: dict[str, Callable[[], nn.Module]] = {
-    "joined": Joined,
+    "joined": lambda: Joined(nn.Identity()),
+    "joined, normed": lambda: Joined(nn.Sequential(nn.BatchNorm2d(14), nn.BatchNorm2d(14))),
+    "joined, averaged": lambda: Joined(nn.AvgPool2d(3, 1, 1)),
+    "joined, averaged beyond": lambda: Joined(nn.AvgPool2d(4, 3, 1, ceil_mode=True)),
     "silu": lambda: Behind(nn.SiLU()),
     "hardswish": lambda: Behind(nn.Hardswish()),
     "gelu": lambda: Behind(nn.GELU()),
@@ -258,10 +262,30 @@ def test_what_openvino_gets_wrong_is_written_so_that_it_does_not(
 
 def test_signed_tensors_that_are_joined_get_unsigned_codes_on_openvino(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = capture(Joined().eval(), "joined", SIZE, CLASSES)
+    net = capture(Joined(nn.Identity()).eval(), "joined", SIZE, CLASSES)
     made, _ = run_recipe(read_recipe("int8"), net, make_context("openvino"))
     file = File(made, tmp_path / "net.onnx", "openvino")
     assert [file.inputs(f"{name}:q")[1] for name in ("a", "b", "cat")] == [np.uint8(128)] * 3
     assert file.inputs("input:q")[1].dtype == np.int8
     session = OpenVino().open(tmp_path / "net.onnx", Setting(engine="openvino"))
     assert session.placement().float_matrix_operators() == ()
+
+
+def test_joined_tensors_that_are_never_negative_need_none_of_it(tmp_path: Path) -> None:
+    class Inception(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 6, 3), nn.Conv2d(14, CLASSES, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.cat((F.relu(self.a(x)), F.relu(self.b(x))), 1)
+            return self.c(F.avg_pool2d(y, 3, 1, 1)).mean((2, 3))
+
+    torch.manual_seed(0)
+    net = capture(Inception().eval(), "inception", SIZE, CLASSES)
+    made, _ = run_recipe(read_recipe("int8"), net, make_context("openvino"))
+    file = File(made, tmp_path / "net.onnx", "openvino")
+    kinds = [node.op_type for node in file.nodes.values()]
+    assert "MaxPool" not in kinds and "Pad" not in kinds
+    assert file.inputs("cat:q")[1] == np.uint8(0)
+    runs_as_simulated(made, tmp_path / "net.onnx", "openvino")

@@ -79,6 +79,21 @@ def test_equal_speeds_are_told_apart_by_accuracy() -> None:
     assert [t.recipe for t in finalists(view)] == ["int8-mse", "int8-percentile", "int8"]
 
 
+def test_of_one_network_the_fewest_changed_predictions_decide() -> None:
+    lucky, near = _trial("int8", 200, 3.0), _trial("int8-mse", 202, 3.0)
+    assert lucky.versus_float is not None
+    flipped = lucky.versus_float.model_copy(update={"losses": 40, "gains": 40, "label_changes": 90})
+    lucky = lucky.model_copy(update={"versus_float": flipped})
+    assert [t.recipe for t in finalists(_view(lucky, near))] == ["int8-mse", "int8"]
+
+
+def test_of_two_networks_the_budget_decides() -> None:
+    first = _trial("int8", 220, 3.0, network="a")
+    second = _trial("int8", 210, 3.0, network="b")
+    view = _view(first, second, budgets=("top1-error<=20%",))
+    assert [t.network for t in finalists(view)] == ["b", "a"]
+
+
 def test_for_size_the_smallest_first() -> None:
     view = _view(
         _trial("int8", 205, 3.0, size=1100),

@@ -167,6 +167,7 @@ def test_a_new_search_does_not_overwrite_an_old_one(study: StudyRecord, given: S
     [
         ({"seed": 1}, "seed was 0 when it was made, now it is 1"),
         ({"batches": (1, 4)}, "batch was 1,8 when it was made, now it is 1,4"),
+        ({"engines": ("openvino",)}, "engines was onnxruntime,openvino when it was made, now it is openvino"),
         ({"objective": "size"}, "objective was throughput when it was made, now it is size"),
         ({"calibration_images": 24}, "number of calibration images was 48 when it was made"),
     ],
@@ -217,7 +218,7 @@ def test_an_engine_that_dies_costs_one_trial(fresh: StudyOptions) -> None:
     killed: list[str] = []
 
     def kill_once(event: Event) -> None:
-        if "int8 on openvino: search images" in event.text and not killed:
+        if "float32 on openvino: search images" in event.text and not killed:
             killed.append(event.text)
             for child in psutil.Process().children():
                 if "openvino" in " ".join(child.cmdline()):
@@ -225,7 +226,7 @@ def test_an_engine_that_dies_costs_one_trial(fresh: StudyOptions) -> None:
 
     study = run_study(replace(fresh, batches=(8,)), kill_once)
     failed = [t for t in study.trials if t.state == "failed"]
-    assert killed and [(t.setting.engine, t.recipe) for t in failed] == [("openvino", "int8")]
+    assert killed and [(t.setting.engine, t.recipe) for t in failed] == [("openvino", "float32")]
     assert "openvino crashed" in failed[0].reason and "\n" not in failed[0].reason
     assert study.answer is not None and study.answer.found
     assert not psutil.Process().children()
@@ -240,11 +241,20 @@ def test_ended_after_one_trial_it_is_not_empty_handed(fresh: StudyOptions) -> No
     assert more.trials[0] == study.trials[0] and len(more.trials) > 1
 
 
-def test_no_time_at_all_still_measures_one(fresh: StudyOptions) -> None:
-    study = run_study(replace(fresh, minutes=0.001, engines=("onnxruntime",), batches=(8,)))
+def test_no_time_at_all_still_measures_one_on_fewer_images(fresh: StudyOptions) -> None:
+    short = replace(fresh, minutes=0.0001, engines=("onnxruntime",), batches=(8,))
+    study = run_study(short)
     assert [t.recipe for t in study.trials] == ["float32"]
     assert study.answer is not None and study.answer.found
-    assert "as asked by --minutes" in study.notes[0]
+    assert study.notes == (
+        "200 of 259 search images are used, so that the minutes given suffice",
+        "ended after 1 trials, as asked by --minutes; --resume goes on",
+    )
+    assert (study.data.search, study.data.holdout) == (200, 173)
+    # With time, it goes on with as many images as before: what was measured stays comparable.
+    more = run_study(replace(short, minutes=1.0, resume=True))
+    assert more.trials[0] == study.trials[0] and more.data == study.data
+    assert {t.accuracy.total for t in more.trials if t.accuracy and t.state == "measured"} == {200}
 
 
 def test_what_the_card_expects_is_told_first(
