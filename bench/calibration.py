@@ -159,7 +159,7 @@ def take_turns(
 @click.option("--batch", default=8, show_default=True, help="Images in one call, for every tool.")
 @click.option("--rounds", default=1, show_default=True, help="Measurements of each tool; they take turns.")
 @click.option("--peers", default=sys.executable, help="The Python that has onnxruntime and nncf.")
-@click.option("--only", default="", help="Only tools whose name begins so.")
+@click.option("--only", default="", help="Only these tools: fewbit, nncf:openvino, ...; several with commas.")
 @click.option(
     "--target", default="onnxruntime", show_default=True, help="The engine that fewbit quantizes for."
 )
@@ -184,7 +184,10 @@ def main(
     """Measure time and memory of quantizing CARD with fewbit and its peers."""
     wanted = [int(count) for count in counts.split(",")]
     described = read_card(card)
-    tools = [tool for tool in (*PEERS, *OWN) if tool.startswith(only)]
+    names = tuple(only.split(","))
+    tools = [
+        t for t in (*PEERS, *OWN) if t in names or t.startswith(tuple(f"{n}:" for n in names)) or not only
+    ]
     missing = {module for module in set(PEERS.values()) if not has(peers, module)}
     for tool in [tool for tool in tools if PEERS.get(tool) in missing]:
         click.echo(f"{tool}: left out, {peers} has no {PEERS[tool]}", err=True)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from fewbit.version import __version__ as __version__
 
-# OpenMP's threads spin at barriers: on cores that others use too, torch then takes ten times as long.
+# OpenMP's threads spin at barriers: on cores that others use too, torch then takes ten times as long. Without
+# any spinning each barrier waits for a thread to be woken; a moment of it costs neither.
 # Read when torch is loaded, so it is said before; what the user has set stands.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE").upper() == "PASSIVE":
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 if TYPE_CHECKING:
     from fewbit.data.image_set import ImageSet as ImageSet

@@ -286,6 +286,42 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, like: nn.Conv2d) ->
     return F.conv2d(x, weight, bias, like.stride, (top, left), like.dilation, like.groups)
 
 
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """Local response normalization, several times as fast as torch's and equal but for rounding.
+
+    ``y[c] = x[c] (k + alpha / size * sum of x[j]^2 over the size channels j around c)^-beta``
+
+    Args:
+        norm: The layer whose numbers it takes.
+    """
+
+    def __init__(self, norm: nn.LocalResponseNorm) -> None:
+        super().__init__(int(norm.size), norm.alpha, norm.beta, norm.k)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalized (N, C, ...)."""
+        if torch.is_grad_enabled() and input.requires_grad:
+            return super().forward(input)
+        output = torch.empty_like(input)
+        for index in range(len(input)):  # one image fits the processor's cache
+            self._normalize(input[index : index + 1], output[index : index + 1])
+        return output
+
+    def _normalize(self, x: Tensor, y: Tensor) -> None:
+        squares, factor = x.square(), self.alpha / self.size
+        base = squares.mul(factor).add_(self.k)
+        below, above = self.size // 2, (self.size - 1) // 2
+        for shift in range(1, min(below, x.shape[1] - 1) + 1):
+            base[:, shift:].add_(squares[:, :-shift], alpha=factor)
+            if shift <= above:
+                base[:, :-shift].add_(squares[:, shift:], alpha=factor)
+        if self.beta == 0.75:
+            root = base.rsqrt_()
+            torch.mul(torch.sqrt(root, out=squares).mul_(root), x, out=y)
+        else:
+            torch.mul(base.pow_(-self.beta), x, out=y)
+
+
 KINDS: dict[type[nn.Module], str] = {
     nn.Conv2d: "Conv",
     nn.ConvTranspose2d: "ConvTranspose",

@@ -63,7 +63,7 @@ def test_every_op_of_ours_has_a_case() -> None:
         value for value in vars(ops).values() if isinstance(value, type) and value.__module__ == ops.__name__
     }
     covered = {type(op) for op, _, _ in CASES}
-    assert ours - covered == {ops.Conv2d, ops.DropPath}
+    assert ours - covered == {ops.Conv2d, ops.DropPath, ops.LocalResponseNorm}
 
 
 def test_kinds_follow_the_class_and_its_parents() -> None:
@@ -140,3 +140,27 @@ def test_droppath_drops_whole_images_and_keeps_the_mean(per_image: bool) -> None
 
 def test_droppath_of_everything_is_zero() -> None:
     assert torch.equal(ops.DropPath(1.0).train()(A), torch.zeros_like(A))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("beta", [0.75, 0.6])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9])
+def test_local_response_norm_is_torchs(size: int, beta: float, channels_last: bool) -> None:
+    x = 3 * torch.randn(3, 7, 5, 4, generator=torch.Generator().manual_seed(size))
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    norm = nn.LocalResponseNorm(size, 0.3, beta, 1.5)
+    kept = x.clone()
+    fast = ops.LocalResponseNorm(norm)
+    found = fast(x)
+    torch.testing.assert_close(found, norm(x), rtol=2e-6, atol=1e-7)
+    assert torch.equal(x, kept) and found.stride() == x.stride()
+    assert ops.kind_of(fast) == "LRN"
+
+
+def test_local_response_norm_has_torchs_gradient() -> None:
+    norm = nn.LocalResponseNorm(5, 0.3)
+    x = torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (expected,) = torch.autograd.grad(norm(x).square().sum(), x)
+    (found,) = torch.autograd.grad(ops.LocalResponseNorm(norm)(x).square().sum(), x)
+    assert torch.equal(found, expected)

@@ -8,19 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fewbit import ops
 from fewbit.net import Net
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer
 
 Shape = tuple[int, ...]
 
 
 class _Shapes(fx.Interpreter):
+    """Runs a network, no value rounded, and notes the shape of each."""
+
     def __init__(self, net: Net) -> None:
         super().__init__(net.graph)
         self.extra_traceback = False  # an error stays one line
         self.found: dict[str, Shape] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        if isinstance(module, Quantizer | DynamicQuantizer):
+            value = self.env[n.all_input_nodes[0]]
+        elif isinstance(module, QuantConv2d):
+            value = ops.convolve(self.env[n.all_input_nodes[0]], module.weight, module.bias, module)
+        else:
+            value = super().run_node(n)
         if isinstance(value, Tensor):
             self.found[n.name] = tuple(value.shape)
         return value

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, fx
+from torch import fx
 
 from fewbit import ops
 from fewbit.errors import DataError, RecipeError
 from fewbit.net import Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer, QuantLinear
+from fewbit.ranges.float_pass import FloatPass, keep_freed_memory
 from fewbit.ranges.range_finder import RangeFinder, RangeMethod
 from fewbit.ranges.weights import find_weight_range
 from fewbit.registry import find
@@ -122,33 +123,6 @@ def _sources(node: fx.Node, group: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-class _Observer(fx.Interpreter):
-    """Runs the network in float and shows each watched value to its finder."""
-
-    def __init__(self, net: Net, finders: Mapping[fx.Node, RangeFinder]) -> None:
-        super().__init__(net.graph)
-        self.extra_traceback = False  # an error stays one line
-        self.finders = finders
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_module":
-            module = self.fetch_attr(str(n.target))
-            if isinstance(module, Quantizer | DynamicQuantizer):
-                source = n.args[0]
-                assert isinstance(source, fx.Node)
-                x: Tensor = self.env[source]
-                if n in self.finders:
-                    self.finders[n].observe(x)
-                return x
-            if isinstance(module, QuantConv2d | QuantLinear):
-                module.weight_quantizer.enabled = False
-                try:
-                    return super().run_node(n)
-                finally:
-                    module.weight_quantizer.enabled = True
-        return super().run_node(n)
-
-
 def _observe(net: Net, watched: Mapping[fx.Node, Quantizer], chosen: RangeMethod, context: Context) -> None:
     plain = method(_LOGITS_METHOD, {})
     finders: dict[fx.Node, RangeFinder] = {}
@@ -156,11 +130,10 @@ def _observe(net: Net, watched: Mapping[fx.Node, Quantizer], chosen: RangeMethod
     for node, quantizer in watched.items():
         kind = chosen if _feeds_matrix(net, node) else plain
         finders[node] = by_quantizer.setdefault(id(quantizer), kind.start(quantizer.name))
-    observer, images = _Observer(net, finders), 0
-    with torch.no_grad():
+    float_pass, images = FloatPass(net, finders), 0
+    with keep_freed_memory():
         for batch in context.batches():
-            # Pools and convolutions of torch are faster with channels last; the finders read it as it is.
-            observer.run(batch.contiguous(memory_format=torch.channels_last))
+            float_pass.show(batch)
             images += len(batch)
     if not images:
         raise DataError("calibration: no image came; give at least one with --data or --calibration")

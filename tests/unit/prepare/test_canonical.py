@@ -191,3 +191,13 @@ def test_the_gap_is_relative_to_the_largest_logit() -> None:
         0.1 / float(expected.abs().max()), rel=1e-3
     )
     assert not torch.equal(example_logits(net, seed=1), expected)
+
+
+def test_a_local_response_norm_takes_its_faster_form() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.LocalResponseNorm(5, 0.2), nn.Flatten())
+    net = capture(model, "normed", (3, 6, 6))
+    images = make_images(2)[:, :, :6, :6]
+    expected = net(images)
+    assert Canonical()(net, make_context()).changed == 1
+    assert isinstance(net.layer("1").module, ops.LocalResponseNorm)
+    torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-6)
