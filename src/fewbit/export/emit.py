@@ -303,9 +303,9 @@ def _average_pool(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
     return e.add("AveragePool", layer.name, inputs, count_include_pad=include, **attributes)
 
 
-def stand_between(e: Emitter, name: str, x: ir.Value) -> ir.Value:
+def stand_between(e: Emitter, name: str, x: ir.Value, strides: Sequence[int] = (1, 1)) -> ir.Value:
     """Add a pool of one pixel: it changes no value, and no engine merges the nodes on its two sides."""
-    return e.add("MaxPool", name, [x], kernel_shape=[1, 1])
+    return e.add("MaxPool", name, [x], kernel_shape=[1, 1], strides=list(strides))
 
 
 def _pool(e: Emitter, layer: Layer, dilations: list[int]) -> tuple[dict[str, Any], list[int]]:

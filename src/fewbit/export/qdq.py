@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fewbit.export.emit import Emitter, conv_attributes, product
+from fewbit.export.emit import Emitter, conv_attributes, product, stand_between
 from fewbit.net import Layer
 from fewbit.numerics import quantize_bias
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer
@@ -86,8 +86,13 @@ def quantized_layer(e: Emitter, layer: Layer, x: ir.Value, reads: Quantizer | No
     weight = _dequantized_weight(e, layer.name, module)
     bias = None if module.bias is None else _bias(e, layer.name, module, reads)
     if isinstance(module, QuantConv2d):
+        attributes = conv_attributes(module)
+        if reads is None and module.kernel_size == (1, 1) and attributes["strides"] != [1, 1]:
+            # Of an int8 weight and a float input OpenVINO 2026.4 makes a product that forgets the stride.
+            x = stand_between(e, f"{layer.name}.strides", x, attributes["strides"])
+            attributes["strides"] = [1, 1]
         inputs = [x, weight] if bias is None else [x, weight, bias]
-        return e.add("Conv", layer.name, inputs, **conv_attributes(module))
+        return e.add("Conv", layer.name, inputs, **attributes)
     return product(e, layer, x, weight, bias)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from fewbit import ops
 from fewbit.net import Net, add_layer
@@ -18,7 +19,8 @@ class Canonical(Step):
     Dropout, stochastic depth and identities go; x * sigmoid(x) becomes SiLU, x * hardsigmoid(x) and
     x * relu6(x + 3) / 6 become hard-swish, relu6(x + 3) / 6 hard-sigmoid; relu(concat(a, b)) becomes
     concat(relu(a), relu(b)), so that each ReLU stands behind its convolution; zero padding before a
-    convolution becomes that convolution's own; local response normalization takes a faster form.
+    convolution becomes that convolution's own; a 1 x 1 convolution that pads becomes a 3 x 3 one; local
+    response normalization takes a faster form.
     """
 
     before = frozenset({"placed"})
@@ -27,7 +29,15 @@ class Canonical(Step):
     def __call__(self, net: Net, context: Context) -> StepReport:
         """Rewrite in place."""
         changed = 0
-        for rewrite in (drop_identities, find_hard_sigmoid, find_gates, swap_concat, fold_pads, speed_norms):
+        for rewrite in (
+            drop_identities,
+            find_hard_sigmoid,
+            find_gates,
+            swap_concat,
+            fold_pads,
+            widen_points,
+            speed_norms,
+        ):
             for layer in net.layers():
                 changed += rewrite(net, layer.node)
             net.refresh()
@@ -155,6 +165,30 @@ def fold_pads(net: Net, node: fx.Node) -> bool:
         _set_module(net, str(user.target), padded)
         user.args = (source,)
     net.graph.graph.erase_node(node)
+    return True
+
+
+def widen_points(net: Net, node: fx.Node) -> bool:
+    """Give a 1 x 1 convolution that pads a 3 x 3 kernel with zeros around.
+
+    OpenVINO 2026.4 forgets the padding of a 1 x 1 convolution that strides or has an int8 weight.
+    """
+    conv = _module(net, node)
+    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1) or not any(ops.pads_of(conv)):
+        return False
+    top, left, bottom, right = ops.pads_of(conv)
+    wide = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        3,
+        conv.stride,  # type: ignore[arg-type]
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        device="meta",
+    ).train(conv.training)
+    wide.weight = nn.Parameter(F.pad(conv.weight.detach(), (1, 1, 1, 1)), conv.weight.requires_grad)
+    wide.bias = conv.bias
+    _set_module(net, str(node.target), ops.Conv2d(wide, (top + 1, left + 1, bottom + 1, right + 1)))
     return True
 
 

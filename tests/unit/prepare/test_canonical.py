@@ -201,3 +201,18 @@ def test_a_local_response_norm_takes_its_faster_form() -> None:
     assert Canonical()(net, make_context()).changed == 1
     assert isinstance(net.layer("1").module, ops.LocalResponseNorm)
     torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_padded_pointwise_convolution_becomes_a_3x3_one() -> None:
+    point = nn.Conv2d(4, 6, 1, stride=2, padding=(1, 0), groups=2)
+    point.weight.requires_grad_(False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), point, nn.Conv2d(6, 2, 1), nn.Flatten())
+    net = capture(model, "padded", (3, 9, 7))
+    images = torch.rand(2, 3, 9, 7)
+    expected = net(images)
+    assert Canonical()(net, make_context()).changed == 1
+    wide = net.layer("1").module
+    assert isinstance(wide, ops.Conv2d) and wide.kernel_size == (3, 3) and wide.pads == (2, 1, 2, 1)
+    assert not wide.weight.requires_grad and wide.weight.count_nonzero() == point.weight.count_nonzero()
+    assert not wide.training and wide.bias is not None
+    torch.testing.assert_close(net(images), expected, rtol=1e-5, atol=1e-6)
