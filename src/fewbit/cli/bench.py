@@ -83,13 +83,13 @@ def _measure(
     options: dict[str, Any],
     tell: Any,
 ) -> list[tuple[str, Any]]:
-    from fewbit.cli.subjects import find_subject
+    from fewbit.cli.subjects import find_subjects
     from fewbit.engines.process import EngineProcess
     from fewbit.engines.session import Setting
     from fewbit.measure.speed import measure_interleaved
 
     threads = default_threads(options["threads"])
-    found = [find_subject(name, facts, folder, card) for name in subjects]
+    found = find_subjects(subjects, facts, folder, card)
     names, sessions = [], []
     with ExitStack() as stack:
         processes = {engine: stack.enter_context(EngineProcess(engine)) for engine in engines}

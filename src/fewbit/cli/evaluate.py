@@ -74,7 +74,7 @@ def _predict(
     tell: Tell,
 ) -> tuple[list[Any], int, int]:
     """Run every subject on the images that calibrated none of them."""
-    from fewbit.cli.subjects import find_subject, open_sets
+    from fewbit.cli.subjects import find_subjects, open_sets
     from fewbit.engines.process import EngineProcess
     from fewbit.engines.session import Setting
     from fewbit.measure.accuracy import Predictions
@@ -84,7 +84,7 @@ def _predict(
         batch=options["batch"],
         threads=default_threads(options["threads"]),
     )
-    subjects = [find_subject(name, facts, folder, card) for name in names]
+    subjects = find_subjects(names, facts, folder, card)
     sets, left_out = open_sets(subjects, data, options["strict"])
     found = []
     for one, images in zip(subjects, sets, strict=True):

@@ -34,6 +34,24 @@ class Subject:
     exported: Exported | None = None
 
 
+def find_subjects(
+    arguments: Sequence[str], facts: dict[str, Any], folder: Path, beside: Card | None = None
+) -> list[Subject]:
+    """Return what each argument names; see `find_subject`.
+
+    Raises:
+        CardError: A file says nothing about itself and no options do, or all say everything and options come.
+    """
+    found = [find_subject(argument, facts, folder, beside) for argument in arguments]
+    given = [key for key, value in facts.items() if value is not None]
+    if given and all(subject.exported is not None for subject in found):
+        raise CardError(
+            f"{found[0].path}: was written by fewbit and says itself how its images are prepared, so "
+            f"--{given[0]} has no place beside it; leave it out"
+        )
+    return found
+
+
 def find_subject(argument: str, facts: dict[str, Any], folder: Path, beside: Card | None = None) -> Subject:
     """Return what an argument names, ready to run.
 

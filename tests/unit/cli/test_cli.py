@@ -321,6 +321,18 @@ def test_eval_with_labels_kept_in_the_file(fewbit: Fewbit, job: Path, tmp_path: 
     assert turned.answer["accuracy"]["top1"] < 0.4 < straight.answer["accuracy"]["top1"]
 
 
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_options_that_a_file_of_ours_answers_itself_are_refused(
+    fewbit: Fewbit, job: Path, exported: Path, command: str
+) -> None:
+    data = ("--data", job / "images") if command == "eval" else ()
+    said = fewbit(command, exported, "--mean", "0.5,0.5,0.5", *data)
+    assert said.code == 2 and said.line.endswith(
+        f"{exported}: was written by fewbit and says itself how its images are prepared, so --mean has no "
+        "place beside it; leave it out"
+    )
+
+
 def test_eval_of_a_file_of_another_program(fewbit: Fewbit, job: Path, exported: Path, tmp_path: Path) -> None:
     model = onnx.load(exported)
     del model.metadata_props[:]
