@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fewbit.engines.process import EngineProcess as EngineProcess
     from fewbit.engines.session import Setting as Setting
     from fewbit.errors import FewbitError as FewbitError
+    from fewbit.export.facts import describe_export as describe_export
     from fewbit.export.onnx_out import export_onnx as export_onnx
     from fewbit.load.capture import capture as capture
     from fewbit.load.capture import load as load_network  # noqa: F401
@@ -59,6 +60,7 @@ _WHERE = {
     "StudyOptions": "search.options",
     "capture": "load.capture",
     "compare": "measure.accuracy",
+    "describe_export": "export.facts",
     "export_onnx": "export.onnx_out",
     "image_context": "recipe",
     "load_network": "load.capture:load",

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbit.errors import DataError, RecipeError
+from fewbit.load.capture import capture
 from fewbit.place.quantizer import QuantConv2d, Quantizer
 from fewbit.recipe import Recipe, image_context, read_recipe, run_recipe, shipped_recipes
 from fewbit.spec import QuantSpec, Scheme
@@ -231,3 +232,19 @@ def test_quantizers_of_a_made_network_are_ready() -> None:
     quantizers = [layer.module for layer in made.layers() if isinstance(layer.module, Quantizer)]
     assert quantizers and all(quantizer.ready for quantizer in quantizers)
     assert isinstance(made(make_images(1)), Tensor)
+
+
+@pytest.mark.parametrize("name", ["first", "last", "a*", "b[0]", "c?"])
+def test_a_layer_left_in_float_is_meant_by_its_name_alone(name: str) -> None:
+    layers = {
+        key: nn.Conv2d(3, 3, 1) for key in ("stem", "last", "first", "ab", "a*", "b[0]", "b0", "c?", "cd")
+    }
+    model = nn.Sequential()
+    for key, layer in layers.items():
+        model.add_module(key, layer)
+    model.add_module("flat", nn.Flatten())
+    net, _ = run_recipe(
+        read_recipe("int8").with_float((name,)), capture(model, "named", (3, 16, 16)), make_context()
+    )
+    left = [layer.name for layer in net.layers() if type(layer.module) is nn.Conv2d]
+    assert left == [name]

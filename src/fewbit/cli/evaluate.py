@@ -85,7 +85,7 @@ def _predict(
         threads=default_threads(options["threads"]),
     )
     subjects = find_subjects(names, facts, folder, card)
-    sets, left_out = open_sets(subjects, data, options["strict"])
+    sets, left_out, skipped = open_sets(subjects, data, options["strict"])
     found = []
     for one, images in zip(subjects, sets, strict=True):
         with images, EngineProcess(engine) as process:
@@ -93,7 +93,7 @@ def _predict(
             tell(f"{one.name} on {engine}", 0.0)
             logits = session.logits(images.batches(setting.batch))
             found.append(Predictions.from_logits(logits, images.targets))
-            skipped = len(images.skipped)
+            skipped = max(skipped, len(images.skipped))
     return found, skipped, left_out
 
 
@@ -127,6 +127,7 @@ def _print(answer: dict[str, Any], subject: str, against: str | None) -> None:
         v = answer["versus"]
         low, high = v["interval95"]
         click.echo(
-            f"against {against}: top-1 drop {v['top1_drop']:.2%} [{low:.2%}, {high:.2%}], "
+            f"against {against}: top-1 drop {100 * v['top1_drop']:.2f} points [{100 * low:.2f}, "
+            f"{100 * high:.2f}], "
             f"{v['flips']:.2%} of the predictions changed, p = {v['p_value']:.3g} (exact McNemar)"
         )

@@ -57,6 +57,8 @@ def quantize(card: str, recipe: str, data: Path, out: Path, engine: str, **optio
         click.echo(
             f"{report.step:<12} {report.seconds:6.2f} s  {report.changed} changed  {'; '.join(report.notes)}"
         )
+    if chosen.uses_images:
+        click.echo(f"calibrated on {len(images.names)} images; evaluate it on others")
     click.echo(f"{out}: {answer['bytes']:,} bytes, for {engine}")
     return 0
 

@@ -86,6 +86,7 @@ def search(cards: tuple[str, ...], **options: Any) -> int:
     as_json = options.pop("as_json")
     budgets = tuple(parse_budget(text) for text in options.pop("budgets"))
     resume = options.pop("resume")
+    _check_resume(resume, options["out"])
     given = StudyOptions(
         cards=tuple(find_card(card, facts) for card in cards),
         budgets=budgets,
@@ -106,6 +107,17 @@ def search(cards: tuple[str, ...], **options: Any) -> int:
         if study.answer is not None:
             click.echo(f"file:   {given.out / 'best' / 'model.onnx'}")
     return 0 if study.answer is not None and study.answer.found else NOTHING_FOUND
+
+
+def _check_resume(resume: Path | None, out: Path) -> None:
+    """Refuse another folder beside --resume; tell where there is nothing to go on with."""
+    from click.core import ParameterSource
+
+    given = click.get_current_context().get_parameter_source("out") == ParameterSource.COMMANDLINE
+    if resume is not None and given and resume != out:
+        raise InputError(f"--resume {resume} writes into that folder, so --out {out} has no place beside it")
+    if resume is not None and not (resume / "study.db").exists():
+        click.echo(f"fewbit: {resume}: has no study to go on with; a new one begins there", err=True)
 
 
 def write_outputs(study: Any, folder: Path) -> None:

@@ -92,28 +92,34 @@ def export_float(card: Card, folder: Path) -> Path:
     return path
 
 
-def open_sets(subjects: Sequence[Subject], data: Path, strict: bool = False) -> tuple[list[ImageSet], int]:
+def open_sets(
+    subjects: Sequence[Subject], data: Path, strict: bool = False
+) -> tuple[list[ImageSet], int, int]:
     """Open the same labelled images for each subject, without those that calibrated any of them.
 
     Returns:
-        One set of images a subject, and how many images were left out.
+        One set of images a subject, how many images were left out, and how many of all could not be decoded
+        where that is known already.
 
     Raises:
         DataError: Every image calibrated one of them.
     """
-    out: frozenset[str] = frozenset()
+    out = frozenset[str]()
     for subject in subjects:
-        if subject.exported is not None and subject.exported.calibration_data == Path(data).name:
-            out |= subject.exported.calibration_names
-    sets, left_out = [], 0
+        out |= subject.exported.calibration_images if subject.exported is not None else frozenset()
+    sets, left_out, skipped = [], 0, 0
     for subject in subjects:
         labels = subject.exported.labels if subject.exported else subject.card.labels_path
         source = open_images(data, labels, strict, subject.card.network.classes)
-        kept = np.array([i for i, name in enumerate(source.names) if name not in out], np.int64)
-        if not len(kept):
-            raise DataError(
-                f"{data}: all {len(source)} images calibrated {subject.name}; give others to evaluate"
-            )
-        left_out = len(source) - len(kept)
-        sets.append(ImageSet(source, subject.card.input, subject.card.network.classes, indices=kept))
-    return sets, left_out
+        whole = ImageSet(source, subject.card.input, subject.card.network.classes)
+        if out:
+            skipped = len(whole.skipped)
+            kept = np.array([i for i, image in enumerate(whole.hashes) if image not in out], np.int64)
+            if not len(kept):
+                raise DataError(
+                    f"{data}: all {len(whole)} images calibrated {subject.name}; give others to evaluate"
+                )
+            left_out = len(whole) - len(kept)
+            whole = whole.subset(kept)
+        sets.append(whole)
+    return sets, left_out, skipped

@@ -89,6 +89,11 @@ class ImageSet:
         return self._decoded.skipped(self._asked)
 
     @property
+    def hashes(self) -> tuple[str, ...]:
+        """12 hexadecimal digits that name the bytes of each image."""
+        return tuple(row.tobytes().hex()[:12] for row in self._decoded.sha256[self._rows()])
+
+    @property
     def digest(self) -> str:
         """12 hexadecimal digits that name the images' bytes, labels and order, and the preprocessing."""
         rows = self._rows()

@@ -19,7 +19,7 @@ class Split:
     Attributes:
         calibration: They set ranges and never evaluate, int64.
         search: They judge trials, int64.
-        holdout: They confirm the winner and nothing else, int64.
+        holdout: Finalists are held against them, nothing else is, int64.
     """
 
     calibration: Indices

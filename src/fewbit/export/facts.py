@@ -26,8 +26,7 @@ def describe_export(card: Card, recipe: Recipe, engine: str, images: ImageSet) -
         "classes": card.network.classes,
         "input": card.input.model_dump(mode="json"),
         "labels": labels,
-        "calibration_data": images.source.path.name if recipe.uses_images else "",
-        "calibration_names": sorted(images.names) if recipe.uses_images else [],
+        "calibration_images": sorted(set(images.hashes)) if recipe.uses_images else [],
     }
     return {
         "card": json.dumps(facts, sort_keys=True, separators=(",", ":")),

@@ -87,12 +87,21 @@ class NetworkSection(Frozen):
         labels: Path of a JSON file, folder name -> class index; without it the sorted folder names count.
     """
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=100)
     source: str
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
     classes: int
     labels: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if value.startswith(".") or any(sign in '/\\:*?"<>|' or not sign.isprintable() for sign in value):
+            raise ValueError(
+                f"'{value}' cannot be part of a file's name; use letters, digits, blanks, '-', '_' and '.'"
+            )
+        return value
 
     @field_validator("source")
     @classmethod

@@ -22,16 +22,14 @@ class Exported(Frozen):
         classes: Number of classes.
         input: From an image file to the network's input.
         labels: Folder name -> class index, none where the sorted folder names count.
-        calibration_data: Name of the image source that calibrated it; empty where none did.
-        calibration_names: Names of the images taken from it, which must not evaluate it.
+        calibration_images: The images that calibrated it and so must not evaluate it; see `ImageSet.hashes`.
     """
 
     network: str
     classes: int
     input: InputSection
     labels: dict[str, int] | None
-    calibration_data: str
-    calibration_names: frozenset[str]
+    calibration_images: frozenset[str]
 
     def card(self, path: Path) -> Card:
         """Return the card of the file itself."""
@@ -60,4 +58,6 @@ def read_exported(path: Path) -> Exported | None:
         return Exported.model_validate(json.loads(text))
     except ValueError as reason:
         why = explain(reason, Exported) if isinstance(reason, ValidationError) else str(reason)
-        raise ModelFileError(f"{path}: its fewbit metadata is damaged ({why}); export it again") from reason
+        raise ModelFileError(
+            f"{path}: its fewbit metadata is damaged or of another version of fewbit ({why}); export it again"
+        ) from reason

@@ -18,6 +18,7 @@ from fewbit.errors import EngineError
 from fewbit.measure.intervals import Interval, median_interval
 from fewbit.spec import Frozen
 
+_LEAST_ROUNDS = 3
 Goal = Literal["throughput", "latency"]
 
 
@@ -44,6 +45,7 @@ class Timing(Frozen):
         ms_per_batch_p50: Median time of one call.
         ms_per_batch_p95: 95th percentile of it.
         rounds: How many rounds were measured.
+        ms_interval: 95 % interval of the median time of one call, over rounds.
         ratio: Its speed over the baseline's, median over rounds; none without a baseline.
         ratio_interval: 95 % interval of the ratio.
         against: The baseline's name.
@@ -55,6 +57,7 @@ class Timing(Frozen):
     ms_per_batch_p50: float
     ms_per_batch_p95: float | None = None
     rounds: int
+    ms_interval: Interval | None = None
     ratio: float | None = None
     ratio_interval: Interval | None = None
     against: str = ""
@@ -76,14 +79,14 @@ def measure_interleaved(
 
     Args:
         candidates: What to time, all opened; the same one twice measures the noise (see `measure_noise`).
-        rounds: Blocks of each candidate. At least 20 for claims below 10 %; 6 are the least for an interval
-            that is not bootstrapped.
+        rounds: Blocks of each candidate, at least 3. At least 20 for claims below 10 %; 6 are the least for
+            an interval that supposes no distribution.
         block_s: Seconds of one block, where `budget_s` allows.
-        seed: Of the order in each round and of the bootstrap.
+        seed: Of the order in each round.
         baseline: Place of the candidate that the ratios are against; none for no ratios.
         against: The baseline's name, kept in every Timing.
         min_calls: Calls of one block, where `budget_s` allows.
-        budget_s: Seconds for everything; blocks get shorter first, then rounds fewer, and one is always run.
+        budget_s: Seconds for everything; blocks get shorter first, then rounds fewer, but not under three.
         confidence: Of the intervals.
 
     Returns:
@@ -101,15 +104,15 @@ def measure_interleaved(
     if share is not None:
         blocks_s = [min(block, share) for block in blocks_s]
     blocks: list[list[BlockTime]] = [[] for _ in candidates]
-    for done in range(rounds):
+    for done in range(max(rounds, _LEAST_ROUNDS)):
         elapsed = time.perf_counter() - start
-        if budget_s is not None and done and elapsed + _round_s(blocks, done) > budget_s:
+        if budget_s is not None and done >= _LEAST_ROUNDS and elapsed + _round_s(blocks, done) > budget_s:
             break
         for place in rng.permutation(len(candidates)):
             blocks[place].append(candidates[place].time_block(blocks_s[place]))
     base = None if baseline is None else blocks[baseline]
     return [
-        _timing(candidate.setting, taken, base, against, confidence, seed)
+        _timing(candidate.setting, taken, base, against, confidence)
         for candidate, taken in zip(candidates, blocks, strict=True)
     ]
 
@@ -131,7 +134,6 @@ def _timing(
     base: Sequence[BlockTime] | None,
     against: str,
     confidence: float,
-    seed: int,
 ) -> Timing:
     rates = [block.images_per_s for block in blocks]
     latencies = [ms for block in blocks for ms in block.latencies_ms]
@@ -141,12 +143,13 @@ def _timing(
     return Timing(
         setting=setting,
         images_per_s=statistics.median(rates),
-        interval=median_interval(rates, confidence, seed),
+        interval=median_interval(rates, confidence),
         ms_per_batch_p50=statistics.median(latencies),
         ms_per_batch_p95=float(np.quantile(latencies, 0.95)),
         rounds=len(blocks),
+        ms_interval=median_interval([statistics.median(block.latencies_ms) for block in blocks], confidence),
         ratio=None if ratios is None else statistics.median(ratios),
-        ratio_interval=None if ratios is None else median_interval(ratios, confidence, seed),
+        ratio_interval=None if ratios is None else median_interval(ratios, confidence),
         against=against,
     )
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import fx
@@ -15,7 +16,7 @@ from fewbit.errors import DataError, RecipeError
 from fewbit.net import Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer, QuantLinear
 from fewbit.ranges.float_pass import FloatPass, keep_freed_memory
-from fewbit.ranges.range_finder import RangeFinder, RangeMethod
+from fewbit.ranges.range_finder import Range, RangeFinder, RangeMethod
 from fewbit.ranges.weights import find_weight_range
 from fewbit.registry import find
 from fewbit.step import Context, Step, StepReport
@@ -28,8 +29,9 @@ class Calibrate(Step):
     """Give every quantizer its grid: weights from their values, activations from the calibration images.
 
     The images stream through the float network once; a tensor costs constant memory, whatever their
-    number. A quantizer that several tensors share observes the one that holds all their values. Tensors that
-    no convolution or matrix product reads (the way to the logits) are never clipped: they take min-max.
+    number. A quantizer that several tensors share observes those that hold all their values, each by
+    itself, and covers the range of each. Tensors that no convolution or matrix product reads (the way to the
+    logits) are never clipped: they take min-max.
 
     Attributes:
         activations: Row of the registry's `ranges` for activations.
@@ -126,10 +128,9 @@ def _sources(node: fx.Node, group: set[fx.Node]) -> set[fx.Node]:
 def _observe(net: Net, watched: Mapping[fx.Node, Quantizer], chosen: RangeMethod, context: Context) -> None:
     plain = method(_LOGITS_METHOD, {})
     finders: dict[fx.Node, RangeFinder] = {}
-    by_quantizer: dict[int, RangeFinder] = {}
     for node, quantizer in watched.items():
         kind = chosen if _feeds_matrix(net, node) else plain
-        finders[node] = by_quantizer.setdefault(id(quantizer), kind.start(quantizer.name))
+        finders[node] = kind.start(quantizer.name)
     float_pass, images = FloatPass(net, finders), 0
     with keep_freed_memory():
         for batch in context.batches():
@@ -137,9 +138,11 @@ def _observe(net: Net, watched: Mapping[fx.Node, Quantizer], chosen: RangeMethod
             images += len(batch)
     if not images:
         raise DataError("calibration: no image came; give at least one with --data or --calibration")
+    shared: dict[Quantizer, list[Range]] = {}
     for node, quantizer in watched.items():
-        found = finders[node].find(quantizer.spec)
-        quantizer.set_range(found.low, found.high)
+        shared.setdefault(quantizer, []).append(finders[node].find(quantizer.spec))
+    for quantizer, found in shared.items():
+        quantizer.set_range(np.min([one.low for one in found]), np.max([one.high for one in found]))
 
 
 def _feeds_matrix(net: Net, node: fx.Node) -> bool:

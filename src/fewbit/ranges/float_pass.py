@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fewbit import ops
 from fewbit.net import Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
-from fewbit.ranges.range_finder import RangeFinder
+from fewbit.ranges.range_finder import RangeFinder, extremes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES, _LARGEST_KEPT_BYTES = 2**31 - 1, 32 * 2**20
@@ -28,11 +28,12 @@ _FUSES = _ONEDNN and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """Give back what is free, let malloc keep what is freed from here on, and give that back at the end.
+    """Give back what is free, let malloc keep what is freed from here on, and give that back in the end.
 
     Every layer frees and takes megabytes. Left alone, glibc's malloc gives them back to the system and
     faults them in anew whenever they happen to lie on top: up to a tenth of the time, and a peak of memory
-    that differs from run to run. Elsewhere than on glibc this does nothing.
+    that differs from run to run. Afterwards malloc is as it makes itself once a block of 32 MiB was freed.
+    Elsewhere than on glibc this does nothing.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
@@ -68,16 +69,18 @@ class _Call:
 class _Convolution:
     """A convolution in float, the activation that alone reads it included.
 
-    At its first batch it arranges its weights in the order that the kernel reads. Where torch has no oneDNN,
-    or the padding differs from side to side, it does as torch does.
+    At its first batch it arranges its weights in the order that the kernel reads, and sees to it that its
+    output is finite: a ReLU or clip in the kernel would turn what is not a number into 0. Where torch has no
+    oneDNN, or the padding differs from side to side, it does as torch does.
 
     Args:
+        name: What errors call it.
         module: Whose weights and geometry it takes.
         activation: The ReLU or clip behind it, or none.
     """
 
-    def __init__(self, module: QuantConv2d, activation: nn.ReLU | ops.Clip | None) -> None:
-        self.module, self.activation = module, activation
+    def __init__(self, name: str, module: QuantConv2d, activation: nn.ReLU | ops.Clip | None) -> None:
+        self.name, self.module, self.activation = name, module, activation
         self._arranged: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -87,6 +90,8 @@ class _Convolution:
             return y if self.activation is None else self.activation(y)
         geometry = list(pads[:2]), list(module.stride), list(module.dilation), module.groups
         if self._arranged is None:
+            if x.numel():
+                extremes(ops.convolve(x, module.weight, module.bias, module), self.name)
             self._arranged = torch.ops.mkldnn._reorder_convolution_weight(
                 module.weight, *geometry, list(x.shape)
             )
@@ -152,7 +157,7 @@ class FloatPass:
             if activation is not None:
                 self._same[activation] = node
             chosen: Any = self._modules[activation] if activation is not None else None
-            yield _Call(_Convolution(module, chosen), inputs, node)
+            yield _Call(_Convolution(str(node.target), module, chosen), inputs, node)
         elif isinstance(module, QuantLinear):
             yield _Call(partial(F.linear, weight=module.weight, bias=module.bias), inputs, node)
         elif node not in self._same:

@@ -182,6 +182,7 @@ def _accuracy_fact(study: StudyRecord) -> Fact:
             f"{words.hundred(ends.low, ends.high)} on {images}",
             f"float32: {words.percent(top(confirmation.float_accuracy, k))}",
             f"{words.percent(confirmation.versus_float.flips)} of the labels changed",
+            *([f"{confirmation.looks} finalists were held against them"] if confirmation.looks > 1 else []),
         ),
     )
 

@@ -41,8 +41,9 @@ def sentence_parts(study: StudyRecord) -> tuple[Part, ...]:
     allowed = [part for text in study.budgets for part in (Part(" and "), Part(text, "term"))][1:]
     body = [*_who(answer_trial(study)), *_gain(study, answer), *_cost(study, answer)]
     if answer.found:
-        where = " on the search images only" if verdict(study)[0] == "unconfirmed" else ""
-        return (*body, *((Part("; inside "), *allowed) if allowed else ()), Part(f"{where}."))
+        word, said = verdict(study)
+        sure = " on the search images only" if word == "unconfirmed" else f", {said[0].lower()}{said[1:]}"
+        return (*body, *((Part("; inside "), *allowed, Part(sure)) if allowed else ()), Part("."))
     outside = (Part("Nothing measured is inside "), *allowed, Part(". ")) if allowed else ()
     return (*outside, Part("Nearest: "), *body, Part(". "), Part(advice(answer)))
 
@@ -176,7 +177,7 @@ def result_json(study: StudyRecord) -> dict[str, Any]:
     """Return the content of `result.json`; accuracies and drops are fractions.
 
     `digest` is the first 12 hexadecimal digits of the SHA-256 of the recipe's TOML text; `accuracy` and
-    `versus_float` are of the search images, `holdout` of those that the search never saw. Without an
+    `versus_float` are of the search images, `holdout` of those that only finalists see. Without an
     answer only what is known of the study is there, with `found` false.
     """
     return {
@@ -206,6 +207,7 @@ def _answer_json(study: StudyRecord, answer: Answer) -> dict[str, Any]:
             "float_accuracy": _accuracy_json(confirmation.float_accuracy),
             "versus_float": _versus_json(confirmation.versus_float),
             "budgets": [check.model_dump(mode="json") for check in confirmation.checks],
+            "looks": confirmation.looks,
         },
         "speed": {
             "images_per_s": timing.images_per_s,

@@ -110,7 +110,7 @@ class Budget(Frozen):
         return (right if self.larger_is_better else total - right) / total if total else None
 
     def interval(self, measured: Measured, confidence: float) -> Interval:
-        """Return the two-sided interval of the figure; size and latency have their value alone.
+        """Return the two-sided interval of the figure; latency has that of its timing, size its value alone.
 
         Raises:
             ValueError: The figure was not measured.
@@ -118,6 +118,8 @@ class Budget(Frozen):
         value = self.value(measured)
         if value is None:
             raise ValueError(f"budget {self.text!r} looks at a figure that was not measured")
+        if self.measure == "latency" and confidence > 0 and measured.timing is not None:
+            return measured.timing.ms_interval or Interval(low=value, high=value)
         if not self.of_accuracy or confidence <= 0:
             return Interval(low=value, high=value)
         if self.of_drop:
@@ -129,13 +131,15 @@ class Budget(Frozen):
             return share
         return Interval(low=1.0 - share.high, high=1.0 - share.low)
 
-    def check(self, measured: Measured, confidence: float = 0.5) -> BudgetCheck | None:
+    def check(self, measured: Measured, confidence: float = 0.5, looks: int = 1) -> BudgetCheck | None:
         """Hold the figures against the limit.
 
         Args:
             measured: The figures.
             confidence: How sure one must be that the limit holds for new images: 0.5 asks that the figure
                 itself is inside, 0.95 that its one-sided 95 % bound is.
+            looks: How many networks were held against these images; what is proven is so for all of them
+                together (Bonferroni).
 
         Returns:
             The check, or none where the figure was not measured.
@@ -144,7 +148,9 @@ class Budget(Frozen):
         if value is None:
             return None
         both = self.interval(measured, 0.95)
-        proven = self.holds(value) and self._bound_holds(measured, _PROOF)
+        proven = self.holds(value) and self._bound_holds(measured, 1 - (1 - _PROOF) / looks)
+        if confidence > 0.5:
+            confidence = 1 - (1 - confidence) / looks
         return BudgetCheck(
             budget=self.text,
             limit=self.limit,

@@ -17,7 +17,7 @@ from fewbit.search.answer import advice, describe, finalists, holdout_advice, to
 from fewbit.search.budget import Measured
 from fewbit.search.settings import evaluation
 from fewbit.search.standing import Standing
-from fewbit.search.trial import Answer, Confirmation, Trial
+from fewbit.search.trial import Answer, BudgetCheck, Confirmation, Trial
 from fewbit.search.trials import Trials
 
 _MOST_CONFIRMED = 3
@@ -65,19 +65,25 @@ class Finish:
     def answer(self) -> Answer | None:
         """Return the answer, the nearest trial where none is inside; none where nothing ran at all."""
         confirmed, missed = self._confirm()
-        if confirmed:
+        while confirmed:
             chosen = self._choose(confirmed)
-            found, text = True, ""
-        elif missed:
-            chosen, found = min(missed, key=self._excess), False
+            answer = self._answer(chosen, True, "")
+            if all(check.met for check in answer.confirmation.checks):
+                self._keep(chosen.trial)
+                return answer
+            confirmed.remove(chosen)
+            missed.append(Finalist(chosen.trial, answer.confirmation))
+            self.notes.append(f"{describe(chosen.trial)}: timed to the end it is outside a budget")
+        if missed:
+            chosen = min(missed, key=self._excess)
             text = holdout_advice(self.view, self._figures(chosen), describe(chosen.trial))
         else:
             nearest = self._nearest()
             if nearest is None:
                 return None
-            chosen, found, text = nearest, False, advice(self.view, nearest.trial)
+            chosen, text = nearest, advice(self.view, nearest.trial)
         self._keep(chosen.trial)
-        return self._answer(chosen, found, text)
+        return self._answer(chosen, False, text)
 
     def refuted(self) -> set[str]:
         """Return the keys of the finalists that the holdout images refuse, up to the first they do not."""
@@ -135,24 +141,34 @@ class Finish:
 
     def _confirmation(self, trial: Trial) -> Confirmation:
         bench = self.trials.benches[trial.network]
-        before = self.trials.reference(bench, self.view, "holdout")
-        after = self._holdout(trial)
-        if before is None:
-            before = after
-        checks = (
-            budget.check(
-                Measured(after.accuracy(), compare(before, after), trial.bytes, trial.timing),
-                self.view.terms.confidence,
-            )
-            for budget in self.view.terms.budgets
-        )
+        reference = self.view.float_trial(bench.name)
+        if reference is None:
+            raise EngineError(f"{bench.name}: no engine ran it in float32, which the drop is against")
+        before, after = self._holdout(reference), self._holdout(trial)
+        looks = self._look(trial)
+        figures = Measured(after.accuracy(), compare(before, after), trial.bytes, trial.timing)
         return Confirmation(
             key=trial.key,
             accuracy=after.accuracy(),
             float_accuracy=before.accuracy(),
             versus_float=compare(before, after),
-            checks=tuple(check for check in checks if check is not None),
+            checks=self._checks(figures, looks),
+            looks=looks,
         )
+
+    def _look(self, trial: Trial) -> int:
+        """Count a finalist among those held against the holdout images; return how many there were so far."""
+        journal = self.trials.journal
+        looked = set((journal.decision("holdout looks") or "").split())
+        if trial.key not in looked:
+            looked.add(trial.key)
+            journal.decide("holdout looks", " ".join(sorted(looked)))
+        return len(looked)
+
+    def _checks(self, figures: Measured, looks: int) -> tuple[BudgetCheck, ...]:
+        terms = self.view.terms
+        found = (budget.check(figures, terms.confidence, looks) for budget in terms.budgets)
+        return tuple(check for check in found if check is not None)
 
     def _holdout(self, trial: Trial) -> Predictions:
         kept = self.trials.journal.predictions(trial.key, "holdout")
@@ -200,13 +216,17 @@ class Finish:
         path, baseline = self._file(trial), self._baseline(trial)
         timing = self._time(trial, path, baseline)
         overall = self._overall(trial, path, baseline) if found else None
+        looks, seen = self._look(trial), chosen.confirmation
+        on_search = Measured(trial.accuracy, trial.versus_float, trial.bytes, timing)
+        on_holdout = Measured(seen.accuracy, seen.versus_float, trial.bytes, timing)
+        checks = self._checks(on_holdout, looks)
         return Answer(
             found=found,
             key=trial.key,
             timing=timing,
             float_setting=baseline[1],
-            checks=self.view.checks(trial),
-            confirmation=chosen.confirmation,
+            checks=self._checks(on_search, 1),
+            confirmation=seen.model_copy(update={"checks": checks, "looks": looks}),
             advice=text,
             overall=overall,
         )

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from fewbit.data.image_set import ImageSet
 from fewbit.data.images import ImageSource, open_images
 from fewbit.data.sample import choose_balanced, split
+from fewbit.errors import DataError
 from fewbit.load.capture import load
 from fewbit.load.card import Card, ExpectedSection
 from fewbit.measure.accuracy import Accuracy
@@ -113,11 +116,17 @@ def _source(options: StudyOptions, card: Card, path: Path) -> ImageSource:
 
 
 def _split(options: StudyOptions, card: Card, whole: ImageSet) -> Images:
+    """Choose calibration images, then split what does not calibrate into search and holdout."""
     if options.calibration is not None:
         source = _source(options, card, options.calibration)
         chosen = choose_balanced(source.targets, options.calibration_images, options.seed)
         calibration = ImageSet(source, card.input, card.network.classes, indices=chosen)
         calibration.decode()
+        calibrates = set(calibration.hashes)
+        kept = [place for place, image in enumerate(whole.hashes) if image not in calibrates]
+        if not kept:
+            raise DataError(f"{options.data}: all {len(whole)} images calibrate; give others to evaluate")
+        whole = whole.subset(np.array(kept, np.int64))
         parts = split(whole.targets, 0, options.holdout_fraction, options.seed)
     else:
         count = min(options.calibration_images, len(whole) // _CALIBRATION_SHARE)
@@ -135,5 +144,11 @@ def _record(options: StudyOptions, bench: Workbench, whole: ImageSet) -> DataRec
         search=len(bench.images.search),
         holdout=len(bench.images.holdout),
         classes=bench.card.network.classes,
+        calibrating=len(whole)
+        - sum(
+            len(part)
+            for part in (bench.images.search, bench.images.holdout)
+            + ((bench.images.calibration,) if options.calibration is None else ())
+        ),
         skipped=Skipped(count=len(skipped), names=tuple(image.name for image in skipped[:_NAMED])),
     )

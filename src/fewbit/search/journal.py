@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from fewbit.errors import JournalError, OutputError
 from fewbit.measure.accuracy import Predictions
-from fewbit.search.trial import StudyRecord, Trial
+from fewbit.search.trial import StudyRecord, Trial, TrialState
 
 SCHEMA = 1
 FILE = "study.db"
@@ -109,10 +109,10 @@ class Journal:
             for part, kept in predictions.items():
                 self._add_predictions(trial.key, part, kept)
 
-    def forget_dropped(self) -> int:
-        """Take out the trials whose race depended on a budget, and return their count."""
+    def forget_trials(self, state: TrialState) -> int:
+        """Take out the trials that ended so, and return their count."""
         with self._transaction():
-            gone = [t.key for t in self.trials() if t.state == "dropped"]
+            gone = [t.key for t in self.trials() if t.state == state]
             for key in gone:
                 self._base.execute("DELETE FROM trials WHERE key = ?", (key,))
                 self._base.execute("DELETE FROM predictions WHERE key = ?", (key,))

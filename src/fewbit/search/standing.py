@@ -164,9 +164,9 @@ class Standing:
     # Float32
 
     def float_trial(self, network: str) -> Trial | None:
-        """Return the first float32 trial of a network that was measured: what drops are against."""
-        wanted = (self.find(network, engine, "float32") for engine in self.terms.engines)
-        return next((t for t in wanted if t is not None and t.state == "measured"), None)
+        """Return the first float32 trial of a network that was measured, in time: what drops are against."""
+        floats = (t for t in self.trials if t.network == network and t.recipe == "float32")
+        return next((t for t in floats if t.state == "measured"), None)
 
     def float_excess(self, network: str) -> float:
         """Say how far a network's float32 is outside the budgets of accuracy."""

@@ -127,7 +127,10 @@ class _Search:
         """Hold the best against the holdout images; say whether to climb on, since they refused some."""
         if len(self.refuted) >= _MOST_REFUTED or not self._may_go_on():
             return False
-        refuted = self._make_finish().refuted() - self.refuted
+        finish = self._make_finish()
+        refuted = finish.refuted() - self.refuted
+        for note in finish.notes:
+            self._note(note)
         self.trials.sessions.free()
         self.refuted |= refuted
         self.journal.decide("refuted", " ".join(sorted(self.refuted)))
@@ -174,6 +177,8 @@ class _Search:
         answer = finish.answer()
         for note in finish.notes:
             self._note(note)
+        for name in self.trials.changed:
+            self._note(f"files/{name} was gone or changed; made again it is another than was measured")
         if answer is not None:
             self.journal.decide("answer", f"{len(self.history)}\n{answer.model_dump_json()}")
         return answer
@@ -191,8 +196,21 @@ class _Search:
         terms = self.known.terms.model_copy(update={"networks": (), "engines": (), "bf16_engines": ()})
         now = terms.model_dump_json()
         before = self.journal.decision("terms")
-        if before is not None and before != now:
-            count = self.journal.forget_dropped()
+        if self.journal.forget_trials("failed"):
+            self._note("trials that failed before may come again")
+        if before is not None and _latency(Terms.model_validate_json(before)) != _latency(terms):
+            count = sum(self.journal.forget_trials(state) for state in ("measured", "dropped"))
+            for bench in self.known.benches:
+                self.journal.forget(f"baseline {bench.name}")
+            self.journal.forget("answer")
+            self.journal.forget("refuted")
+            self.journal.forget("holdout looks")
+            self._note(
+                f"the limit of latency is another than before: {count} trials, timed in settings chosen for "
+                "that, come again"
+            )
+        elif before is not None and before != now:
+            count = self.journal.forget_trials("dropped")
             self.journal.forget("answer")
             self.journal.forget("refuted")
             self._note(
@@ -321,12 +339,25 @@ def _terms(options: StudyOptions, host: Host) -> Terms:
     )
 
 
+def _latency(terms: Terms) -> list[str]:
+    return sorted(b.model_dump_json() for b in terms.budgets if b.measure == "latency")
+
+
 def _first_notes(known: _Known) -> list[str]:
     notes = []
     skipped = known.data.skipped
     if skipped.count:
         notes.append(
             f"{skipped.count} images could not be decoded and were left out, such as {skipped.names[0]}"
+        )
+    notes.extend(
+        f"{bench.name}: its card names no weights, so those of its factory are measured"
+        for bench in known.benches
+        if bench.card.network.weights is None and bench.card.source.kind != "onnx"
+    )
+    if known.data.calibrating:
+        notes.append(
+            f"{known.data.calibrating} images also calibrate, so they were left out of search and holdout"
         )
     if len(known.benches) > 1 and any(budget.of_drop for budget in known.terms.budgets):
         notes.append(

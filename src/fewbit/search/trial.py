@@ -77,7 +77,16 @@ class Skipped(Frozen):
 
 
 class DataRecord(Frozen):
-    """Which images a study used: counts, and the digest of images and preprocessing."""
+    """Which images a study used: counts, and the digest of images and preprocessing.
+
+    Attributes:
+        source: Where they come from.
+        images_digest: Names the images and their preprocessing.
+        calibration, search, holdout: How many are for what.
+        classes: How many classes.
+        skipped: Those that could not be decoded.
+        calibrating: How many were left out of search and holdout because they also calibrate.
+    """
 
     source: str
     images_digest: str
@@ -86,6 +95,7 @@ class DataRecord(Frozen):
     holdout: int
     classes: int
     skipped: Skipped = Skipped()
+    calibrating: int = 0
 
 
 class BudgetCheck(Frozen):
@@ -112,13 +122,23 @@ class BudgetCheck(Frozen):
 
 
 class Confirmation(Frozen):
-    """A finalist on the holdout images, which the search never saw."""
+    """A finalist on the holdout images, which choose nothing but between finalists.
+
+    Attributes:
+        key: The trial's key.
+        accuracy: On the holdout images.
+        float_accuracy: Of the float32 network on the same images.
+        versus_float: The two paired.
+        checks: Each budget; what is proven is so for all finalists held against these images (Bonferroni).
+        looks: How many those were.
+    """
 
     key: str
     accuracy: Accuracy
     float_accuracy: Accuracy
     versus_float: Comparison
     checks: tuple[BudgetCheck, ...]
+    looks: int = 1
 
 
 class Answer(Frozen):

@@ -66,6 +66,7 @@ class Trials:
     ) -> None:
         self.benches = {bench.name: bench for bench in benches}
         self.expected, self.journal, self.sessions, self.speeds = expected, journal, sessions, speeds
+        self.changed: list[str] = []
 
     def measure(
         self, proposal: Proposal, view: Standing, inside: Inside
@@ -128,11 +129,16 @@ class Trials:
         return None if trial is None else self.journal.predictions(trial.key, part)
 
     def file(self, bench: Workbench, recipe: Recipe, engine: EngineName) -> Path:
-        """Return the file of a recipe, made again where it is gone or was changed since it was measured."""
+        """Return the file of a recipe, made again where it is gone or was changed since it was measured.
+
+        Where it then is another than was measured, `changed` has its name.
+        """
         path = bench.file_of(recipe, engine)
         kept = self.journal.decision(f"file {path.name}")
         if kept is None or not path.is_file() or _sha256(path) != kept:
-            self._build(bench, recipe, engine, lambda *_: None)
+            again = _sha256(self._build(bench, recipe, engine, lambda *_: None).path)
+            if kept is not None and again != kept:
+                self.changed.append(path.name)
         return path
 
     def predict(

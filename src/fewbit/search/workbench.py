@@ -94,6 +94,7 @@ class Workbench:
         recipe = self.recipe(proposal)
         calibrates = self.images.calibration.digest if recipe.uses_images else ""
         parts = (
+            self.name,
             self.digest,
             recipe.digest(),
             proposal.engine,

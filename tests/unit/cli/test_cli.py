@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from fewbit.errors import EngineCrashed
 from fewbit.measure.accuracy import Accuracy
 from fewbit.recipe import Recipe, read_recipe, shipped_recipes
 from fewbit.registry import ROWS
+from fewbit.spec import Rule, Scheme
 
 
 def digest(path: Path) -> str:
@@ -199,7 +201,8 @@ def test_quantize_says_what_each_step_did(fewbit: Fewbit, job: Path, tmp_path: P
     said = fewbit("quantize", job / "tiny.toml", "--data", job / "images", "--out", out)
     assert (said.code, said.err) == (0, "")
     lines = said.out.splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == ["canonical", "fold_bn", "place", "calibrate"]
+    assert [line.split()[0] for line in lines[:-2]] == ["canonical", "fold_bn", "place", "calibrate"]
+    assert lines[-2] == "calibrated on 150 images; evaluate it on others"
     assert lines[-1] == f"{out}: {out.stat().st_size:,} bytes, for onnxruntime"
     onnx.checker.check_model(onnx.load(out), full_check=True)
 
@@ -241,7 +244,8 @@ def test_quantize_refuses_facts_beside_a_card(fewbit: Fewbit, job: Path, tmp_pat
 
 def test_quantize_by_a_recipe_of_ones_own(fewbit: Fewbit, job: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
-    own.write_text(read_recipe("int8").with_float(["first"]).model_copy(update={"name": "own"}).to_toml())
+    scheme = Scheme(rules=(Rule(match="first", keep_float=True),))
+    own.write_text(read_recipe("int8").model_copy(update={"name": "own", "scheme": scheme}).to_toml())
     said = fewbit(
         *("quantize", job / "tiny.toml", "--data", job / "images", "--out", tmp_path / "a.onnx"),
         *("--recipe", own, "--json"),
@@ -273,6 +277,17 @@ def test_eval_leaves_out_what_calibrated_the_file(fewbit: Fewbit, job: Path, exp
     )
     assert accuracy["top1"] == found.top1 > 0.7  # nine of ten are labelled by the network itself
     assert accuracy["interval95"] == [found.interval().low, found.interval().high]
+
+
+def test_eval_leaves_them_out_under_another_name_too(
+    fewbit: Fewbit, job: Path, exported: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(job / "images", tmp_path / "renamed" / "c")
+    moved = tmp_path / "renamed" / "c"
+    for place, path in enumerate(sorted(moved.rglob("*.png"))):
+        path.rename(path.with_name(f"other{place}.png"))
+    said = fewbit("eval", exported, "--data", moved, "--json")
+    assert said.answer["calibration_images_left_out"] == 48 and said.answer["accuracy"]["images"] == 150 - 48
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "reference"])

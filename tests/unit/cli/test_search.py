@@ -138,3 +138,19 @@ def test_the_demo_finds_a_network(fewbit: Fewbit, tmp_path: Path) -> None:
     assert said.code in (0, 3) and said.answer["network"].startswith("demo")
     assert said.err.startswith("making 1000 images of 100 classes: ")
     assert (tmp_path / "demo" / "report.html").is_file()
+
+
+def test_resume_and_another_out_are_refused(fewbit: Fewbit, job: Path, found: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    said = fewbit(*arguments(job, "--resume", found, "--out", other))
+    assert said.code == 2
+    assert said.line == (
+        f"fewbit: --resume {found} writes into that folder, so --out {other} has no place beside it"
+    )
+
+
+def test_resuming_where_nothing_is_says_so(fewbit: Fewbit, job: Path, tmp_path: Path) -> None:
+    said = fewbit(*arguments(job, "--resume", tmp_path / "new", "--trials", "1", "--budget", "bytes<=1GB"))
+    assert said.err.startswith(
+        f"fewbit: {tmp_path / 'new'}: has no study to go on with; a new one begins there"
+    )

@@ -279,3 +279,11 @@ def test_any_input_section_survives_toml(
     crop = data.draw(st.sampled_from([None, size[1:]]))
     card = card_from_options("timm:x", classes=2, size=size, mean=mean, std=std, scale=scale, crop=crop)
     assert Card.from_toml(card.to_toml()) == card
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "a/b", "a\\\\b", ".hidden", "new\\nline"])
+def test_a_name_that_cannot_be_part_of_a_files_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "card.toml"
+    path.write_text(f'[network]\nname = "{name}"\nsource = "net.onnx"\nclasses = 3\n')
+    with pytest.raises(CardError, match="cannot be part of a file's name; use letters, digits, blanks"):
+        read_card(path)

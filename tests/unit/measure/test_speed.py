@@ -104,9 +104,8 @@ def test_a_budget_shortens_blocks_then_rounds(clock: Clock) -> None:
     few = measure_interleaved([a, slow], budget_s=8.0)
     assert clock.now - start <= 8.5
     assert 3 <= few[1].rounds <= 7
-    start = clock.now
-    one = measure_interleaved([slow], budget_s=0.1)
-    assert one[0].rounds == 1
+    least = measure_interleaved([slow], budget_s=0.1)[0]
+    assert least.rounds == 3 and least.interval.low < least.images_per_s < least.interval.high
 
 
 def test_noise_is_the_interval_of_a_candidate_against_itself(clock: Clock) -> None:

@@ -298,3 +298,43 @@ def test_memory_does_not_grow_with_the_number_of_batches(name: str) -> None:
         tracemalloc.stop()
     one_batch = 16 * 3 * 16 * 16 * 4
     assert after[-1] - after[2] < one_batch / 2, after
+
+
+class Shuffled(nn.Module):
+    """A concatenation cut and joined again: one quantizer for tensors of different ranges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1)
+        with torch.no_grad():
+            self.b.weight.mul_(20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat((F.relu(self.a(x)), F.relu(self.b(x))), 1)
+        z = torch.cat((y[:, ::2], F.relu(self.a(x))), 1)
+        return self.c(z + y).flatten(1)
+
+
+@pytest.mark.parametrize("name", ["minmax", "moving_average", "percentile", "mse"])
+def test_a_shared_quantizer_covers_each_tensors_own_range(images: Tensor, name: str) -> None:
+    torch.manual_seed(0)
+    net = calibrated(Shuffled(), images, activations=name)
+    alone: dict[int, float] = {}
+    for layer in net.layers():
+        if isinstance(layer.module, Quantizer) and layer.inputs[0].startswith("cat"):
+            finder = method(name, {}).start()
+            for batch in images.split(4):
+                finder.observe(
+                    outputs_of(capture(seeded(Shuffled), "x", (3, 16, 16)), batch, layer.inputs[0])
+                )
+            high = finder.find(layer.module.spec).high
+            assert isinstance(high, float)
+            alone[id(layer.module)] = max(alone.get(id(layer.module), 0.0), high)
+            assert layer.module.range()[1] >= 0.999 * high
+    assert alone
+
+
+def seeded(model: type[nn.Module]) -> nn.Module:
+    """Return a model with the weights of the test."""
+    torch.manual_seed(0)
+    return model().eval()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fewbit.errors import NetworkError
 from fewbit.load.capture import capture
 from fewbit.net import Net
 from fewbit.place.place import Place
@@ -169,3 +170,13 @@ def test_elsewhere_than_on_glibc_memory_is_left_alone(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module.ctypes, "CDLL", lambda _name: object())
     with keep_freed_memory():
         pass
+
+
+def test_what_is_not_finite_behind_a_fused_activation_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten())
+    net = placed(capture(model, "huge", (3, 5, 5)))
+    conv = net.layer("0").module
+    with torch.no_grad():
+        conv.weight.fill_(3e38)  # type: ignore[union-attr, operator]
+    with pytest.raises(NetworkError, match="0: 36 of 36 values are not finite"):
+        FloatPass(net, {}).show(torch.ones(1, 3, 5, 5))

@@ -29,7 +29,7 @@ def test_sentence_names_network_setting_speed_drop_images_and_budget() -> None:
     assert sentence(study()) == (
         "resnet20 in int8 (percentile ranges) on OpenVINO, batch 8, 2 threads: 2.41x [2.33, 2.48] the speed "
         "of the fastest float32, top-1 drop 0.2 points [-0.4, 0.8] on 3,000 holdout images; "
-        "inside top1-drop<=1%."
+        "inside top1-drop<=1%, proven at 95 %."
     )
 
 
@@ -43,7 +43,9 @@ def test_sentence_is_its_parts_and_marks_figures_and_intervals() -> None:
 
 def test_sentence_of_an_error_budget_gives_the_error() -> None:
     text = sentence(study(budgets=("top5-error<=3%",)))
-    assert "top-5 error 1.3 % [1.0, 1.8] on 3,000 holdout images; inside top5-error<=3%." in text
+    assert (
+        "top-5 error 1.3 % [1.0, 1.8] on 3,000 holdout images; inside top5-error<=3%, proven at 95 %." in text
+    )
     assert "drop" not in text
 
 

@@ -149,6 +149,28 @@ def test_size_and_latency() -> None:
     assert parse_budget("latency<=3ms").excess(measured) == pytest.approx(1 / 3)
 
 
+def test_a_latency_is_proven_by_the_interval_of_its_timing() -> None:
+    budget = parse_budget("latency<=5ms")
+    vague = _timing(4.9).model_copy(update={"ms_interval": Interval(low=4.0, high=6.0)})
+    check = budget.check(Measured(timing=vague))
+    assert check is not None and check.met and not check.proven and (check.low, check.high) == (4.0, 6.0)
+    sharp = vague.model_copy(update={"ms_interval": Interval(low=4.8, high=4.95)})
+    check = budget.check(Measured(timing=sharp))
+    assert check is not None and check.proven
+    sure = budget.check(Measured(timing=vague), 0.95)
+    assert sure is not None and not sure.met
+
+
+def test_what_is_proven_is_so_for_all_networks_looked_at() -> None:
+    measured = Measured(versus_float=_versus(30, 28, 10_000))
+    budget = parse_budget("top1-drop<=0.2%")
+    alone, among = budget.check(measured, 0.95), budget.check(measured, 0.95, looks=16)
+    assert alone is not None and alone.proven and alone.met
+    assert among is not None and not among.proven and not among.met
+    half = budget.check(measured, 0.5, looks=16)
+    assert half is not None and half.met
+
+
 def test_what_was_not_measured_has_no_check() -> None:
     for text in ("top1>=1%", "top1-drop<=1%", "bytes<=2MB", "latency<=3ms"):
         assert parse_budget(text).check(Measured()) is None

@@ -86,7 +86,7 @@ def test_dropped_trials_can_be_forgotten(tmp_path: Path) -> None:
     with Journal(tmp_path, IDENTITY) as journal:
         journal.add(_trial("a"), {})
         journal.add(_trial("b", "dropped"), {"search": _predictions()})
-        assert journal.forget_dropped() == 1
+        assert journal.forget_trials("dropped") == 1
         assert [t.key for t in journal.trials()] == ["a"]
         assert journal.predictions("b", "search") is None
         journal.add(_trial("b"), {})

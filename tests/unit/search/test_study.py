@@ -14,7 +14,7 @@ import torch
 
 from fewbit.data.image_set import ImageSet
 from fewbit.data.images import open_images
-from fewbit.errors import BudgetError, CardError, InputError, JournalError, OutputError
+from fewbit.errors import BudgetError, CardError, DataError, InputError, JournalError, OutputError
 from fewbit.load.capture import load
 from fewbit.load.card import ExpectedSection, read_card
 from fewbit.measure.accuracy import Accuracy, Predictions
@@ -373,3 +373,66 @@ def test_the_journal_holds_no_trial_twice(study: StudyRecord, given: StudyOption
     keys = [row[0] for row in base.execute("SELECT key FROM trials")]
     base.close()
     assert len(keys) == len(set(keys)) >= len(study.trials)
+
+
+def test_images_that_also_calibrate_are_left_out(fresh: StudyOptions) -> None:
+    given = replace(fresh, calibration=fresh.data, calibration_images=60)
+    (bench,), data = gather(given, lambda *_: None)
+    images = bench.images
+    assert data.calibrating == 60 and data.search + data.holdout == IMAGES - 60
+    assert not set(images.calibration.hashes) & {*images.search.hashes, *images.holdout.hashes}
+    with pytest.raises(DataError, match="images: all 480 images calibrate; give others to evaluate"):
+        gather(replace(given, calibration_images=IMAGES), lambda *_: None)
+
+
+def test_engines_in_another_order_keep_the_float32_that_drops_are_against(fresh: StudyOptions) -> None:
+    first = run_study(replace(fresh, batches=(8,), trials=3, engines=("onnxruntime", "openvino")))
+    again = run_study(replace(fresh, batches=(8,), resume=True, engines=("openvino", "onnxruntime")))
+    assert [t.key for t in again.trials[: len(first.trials)]] == [t.key for t in first.trials]
+    assert again.answer is not None
+    with sqlite3.connect(fresh.out / FILE) as base:
+        held = {row[0] for row in base.execute("SELECT key FROM predictions WHERE part = 'holdout'")}
+    assert first.trials[0].key in held and first.trials[0].setting.engine == "onnxruntime"
+    chosen = next(t for t in again.trials if t.key == again.answer.key)
+    if chosen.recipe.startswith("int8"):
+        assert again.answer.confirmation.versus_float.label_changes > 0
+
+
+def test_another_limit_of_latency_times_everything_anew(fresh: StudyOptions) -> None:
+    small = replace(fresh, engines=("onnxruntime",), batches=(1, 8), trials=2)
+    first = run_study(small)
+    budgets = (*small.budgets, parse_budget("latency<=500ms"))
+    again = run_study(replace(small, budgets=budgets, resume=True))
+    assert any(
+        note.startswith("the limit of latency is another than before: 2 trials") for note in again.notes
+    )
+    assert [t.key for t in again.trials] == [t.key for t in first.trials]
+    assert all(a.timing != b.timing for a, b in zip(first.trials, again.trials, strict=True))
+    answer = again.answer
+    assert answer is not None and answer.found
+    latency = next(c for c in answer.confirmation.checks if c.budget == "latency<=500ms")
+    assert latency.value == answer.timing.ms_per_batch_p50 and latency.low < latency.high
+
+
+def test_a_trial_that_failed_comes_again_on_resume(fresh: StudyOptions) -> None:
+    def kill(event: Event) -> None:
+        if "float32 on openvino: search images" in event.text:
+            for child in psutil.Process().children():
+                if "openvino" in " ".join(child.cmdline()):
+                    child.kill()
+
+    short = replace(fresh, batches=(8,), trials=2)
+    first = run_study(short, kill)
+    assert [t.state for t in first.trials] == ["measured", "failed"]
+    again = run_study(replace(short, resume=True))
+    assert [t.state for t in again.trials] == ["measured", "measured"]
+    assert "trials that failed before may come again" in again.notes
+
+
+def test_a_file_that_is_made_again_must_be_the_one_measured(fresh: StudyOptions) -> None:
+    run_study(replace(fresh, engines=("onnxruntime",), batches=(8,), trials=2))
+    with sqlite3.connect(fresh.out / FILE) as base:
+        base.execute("UPDATE decisions SET value = 'another' WHERE name LIKE 'file %'")
+        base.execute("DELETE FROM decisions WHERE name = 'answer'")
+    again = run_study(replace(fresh, engines=("onnxruntime",), batches=(8,), trials=3, resume=True))
+    assert any("made again it is another than was measured" in note for note in again.notes)
