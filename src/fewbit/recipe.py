@@ -76,15 +76,9 @@ class Recipe(Frozen):
 
     def with_float(self, layers: Sequence[str]) -> Recipe:
         """Return the same recipe with some layers left in float."""
-        rules = tuple(Rule(match=_just(layer), keep_float=True) for layer in layers)
+        rules = tuple(Rule(match=layer, keep_float=True) for layer in layers)
         scheme = self.scheme.model_copy(update={"rules": rules + self.scheme.rules})
         return self.model_copy(update={"scheme": scheme})
-
-
-def _just(layer: str) -> str:
-    """Return the pattern that matches this layer's name alone, not what "first", "last" or * stand for."""
-    escaped = "".join(f"[{letter}]" if letter in "*?[" else letter for letter in layer)
-    return f"[{layer[0]}]{layer[1:]}" if layer in ("first", "last") else escaped
 
 
 def shipped_recipes() -> dict[str, Recipe]:

@@ -161,8 +161,8 @@ class Rule(Frozen):
     """An exception to a Scheme for the layers that it matches.
 
     Attributes:
-        match: A layer's name, a glob over names ("layer1.*"), or "first" / "last" (the first or last
-            convolution or matrix product).
+        match: A layer's name; where no layer has it, a glob over names ("layer1.*"), or "first" / "last"
+            (the first or last convolution or matrix product).
         keep_float: Leave these layers in float.
         weights: The grid of their weights, where it differs.
         activations: The grid of their outputs, where it differs.

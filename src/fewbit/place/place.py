@@ -55,6 +55,7 @@ class _Plan:
         self.net, self.scheme, self.target = net, scheme, target
         self.layers = {layer.node: layer for layer in net.layers()}
         self.matrices = [layer.name for layer in self.layers.values() if layer.kind in _MATRIX]
+        self.names = {layer.name for layer in self.layers.values()}
         self._check_rules()
         self.integer = {
             name for name in self.matrices if not (rule := self.rule(name)) or not rule.keep_float
@@ -66,7 +67,8 @@ class _Plan:
     def _check_rules(self) -> None:
         names = [layer.name for layer in self.layers.values()]
         for rule in self.scheme.rules:
-            if rule.match not in ("first", "last") and not fnmatch.filter(names, rule.match):
+            known = rule.match in ("first", "last", *names)
+            if not known and not fnmatch.filter(names, rule.match):
                 raise RecipeError(
                     f"rule '{rule.match}'{suggest(rule.match, names)}: no layer of {self.net.name} matches; "
                     "`fewbit inspect` lists them"
@@ -75,10 +77,15 @@ class _Plan:
     def rule(self, name: str) -> Rule | None:
         """Return the first rule that matches a layer."""
         for rule in self.scheme.rules:
-            ends = {"first": self.matrices[:1], "last": self.matrices[-1:]}.get(rule.match)
-            if name in ends if ends is not None else fnmatch.fnmatchcase(name, rule.match):
+            if self._matches(rule.match, name):
                 return rule
         return None
+
+    def _matches(self, match: str, name: str) -> bool:
+        if match in self.names:
+            return name == match
+        ends = {"first": self.matrices[:1], "last": self.matrices[-1:]}.get(match)
+        return name in ends if ends is not None else fnmatch.fnmatchcase(name, match)
 
     def weight_spec(self, name: str) -> QuantSpec:
         """Return the grid of a layer's weights."""

@@ -17,8 +17,7 @@ FACTS = {
     "classes": 5,
     "input": INPUT,
     "labels": {"cat": 1, "dog": 0},
-    "calibration_data": "images.tar",
-    "calibration_names": ["cat/1.png", "dog/2.png"],
+    "calibration_images": ["0a1b2c3d4e5f", "f5e4d3c2b1a0"],
 }
 
 
@@ -33,8 +32,7 @@ def test_an_exported_file_says_what_it_needs(tmp_path: Path) -> None:
     found = read_exported(path)
     assert isinstance(found, Exported)
     assert (found.network, found.classes, found.labels) == ("residual", 5, {"cat": 1, "dog": 0})
-    assert found.calibration_data == "images.tar"
-    assert found.calibration_names == {"cat/1.png", "dog/2.png"}
+    assert found.calibration_images == {"0a1b2c3d4e5f", "f5e4d3c2b1a0"}
     assert found.input.size == (3, 16, 16) and found.input.std == (0.25, 0.25, 0.25)
 
 
@@ -87,7 +85,7 @@ def test_a_file_of_another_kind_is_told(tmp_path: Path) -> None:
         "{",
         [1, 2],
         {key: value for key, value in FACTS.items() if key != "classes"},
-        FACTS | {"calibration_names": None},
+        FACTS | {"calibration_images": None},
         FACTS | {"labels": ["cat"]},
         FACTS | {"labels": {"cat": "one"}},
         FACTS | {"classes": "many"},
@@ -95,7 +93,8 @@ def test_a_file_of_another_kind_is_told(tmp_path: Path) -> None:
 )
 def test_damaged_facts_are_told(tmp_path: Path, facts: object) -> None:
     with pytest.raises(
-        ModelFileError, match=r"net\.onnx: its fewbit metadata is damaged \(.+\); export it again"
+        ModelFileError,
+        match=r"net\.onnx: its fewbit metadata is damaged or of another version of fewbit \(.+\); export it",
     ):
         read_exported(written(tmp_path / "net.onnx", facts))
 
@@ -103,6 +102,7 @@ def test_damaged_facts_are_told(tmp_path: Path, facts: object) -> None:
 def test_damaged_preprocessing_is_told_by_its_key(tmp_path: Path) -> None:
     path = written(tmp_path / "net.onnx", FACTS | {"input": INPUT | {"mean": [0.5]}})
     with pytest.raises(
-        ModelFileError, match=r"damaged \(key 'input\.mean' is \[0\.5\]: has 1 number where size"
+        ModelFileError,
+        match=r"another version of fewbit \(key 'input\.mean' is \[0\.5\]: has 1 number where size",
     ):
         read_exported(path)
