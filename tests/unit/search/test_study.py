@@ -114,7 +114,7 @@ def test_the_survey_tried_batches_and_streams(study: StudyRecord) -> None:
     trial = next(t for t in study.trials if t.recipe == "float32")
     tried = {(s.setting.batch, s.setting.streams) for s in trial.survey}
     assert {batch for batch, _ in tried} == {1, 8} and {streams for _, streams in tried} == {1, 2}
-    assert trial.setting == trial.survey[0].setting
+    assert trial.setting in [s.setting for s in trial.survey[:2]]  # the best two are timed
 
 
 def test_float32_is_the_same_on_both_engines(study: StudyRecord) -> None:
