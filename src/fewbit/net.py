@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,19 @@ class Layer:
     node: fx.Node
 
 
+@dataclass(frozen=True)
+class Normal:
+    """What a folded BatchNorm said of the layer before it: each output channel is about N(mean, std^2).
+
+    Attributes:
+        mean: float64 (C,).
+        std: float64 (C,), never negative.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
 class Net:
     """A captured network: every node of its graph is the input, one layer, or the output.
 
@@ -41,6 +54,8 @@ class Net:
         input_size: (C, H, W).
         classes: Number of classes.
         facts: What has been done to it ("folded", "placed", "calibrated", ...).
+        statistics: The distribution of a layer's output by its name, where a BatchNorm told it before it was
+            folded; whoever scales or shifts an output replaces its record.
     """
 
     def __init__(
@@ -50,12 +65,14 @@ class Net:
         input_size: tuple[int, int, int],
         classes: int,
         facts: frozenset[str] = frozenset(),
+        statistics: Mapping[str, Normal] | None = None,
     ) -> None:
         self.graph = graph
         self.name = name
         self.input_size = input_size
         self.classes = classes
         self.facts = facts
+        self.statistics = dict(statistics or {})
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return logits (N, classes) of images (N, C, H, W)."""
@@ -95,11 +112,14 @@ class Net:
 
     def clone(self) -> Net:
         """Return a copy that shares nothing with this one."""
-        return Net(copy.deepcopy(self.graph), self.name, self.input_size, self.classes, self.facts)
+        return self._made_of(copy.deepcopy(self.graph), self.facts)
 
     def with_facts(self, *facts: str) -> Net:
         """Return the same network with more facts."""
-        return Net(self.graph, self.name, self.input_size, self.classes, self.facts | set(facts))
+        return self._made_of(self.graph, self.facts | set(facts))
+
+    def _made_of(self, graph: fx.GraphModule, facts: frozenset[str]) -> Net:
+        return Net(graph, self.name, self.input_size, self.classes, facts, self.statistics)
 
     def train(self, mode: bool = True) -> Net:
         """Switch to training mode, as `model.train()` would.

@@ -94,6 +94,24 @@ class Clip(nn.Module):
         return f"{self.low:g}, {self.high:g}"
 
 
+class Minimum(nn.Module):
+    """Values no larger than the limit of their channel, min(x, limits).
+
+    Args:
+        limits: Shaped to broadcast: (C, 1, 1) behind a convolution, (C,) behind a matrix product.
+    """
+
+    limits: Tensor
+
+    def __init__(self, limits: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("limits", limits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return min(x, limits)."""
+        return torch.minimum(x, self.limits)
+
+
 class Concat(nn.Module):
     """Tensors joined along one axis."""
 
@@ -333,6 +351,7 @@ KINDS: dict[type[nn.Module], str] = {
     LayerNorm2d: "LayerNorm2d",
     nn.ReLU: "Relu",
     Clip: "Clip",
+    Minimum: "Min",
     nn.LeakyReLU: "LeakyRelu",
     nn.PReLU: "PRelu",
     nn.ELU: "Elu",

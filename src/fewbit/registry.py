@@ -19,14 +19,23 @@ ROWS: dict[Kind, dict[str, str]] = {
     "steps": {
         "canonical": "fewbit.prepare.canonical:Canonical",
         "fold_bn": "fewbit.prepare.fold_bn:FoldBN",
+        "equalize": "fewbit.prepare.equalize:Equalize",
+        "absorb_bias": "fewbit.prepare.absorb_bias:AbsorbBias",
         "place": "fewbit.place.place:Place",
         "calibrate": "fewbit.ranges.calibrate:Calibrate",
+        "correct_bias": "fewbit.improve.correct_bias:CorrectBias",
     },
     "ranges": {
         "minmax": "fewbit.ranges.minmax:MinMax",
         "moving_average": "fewbit.ranges.moving_average:MovingAverage",
         "percentile": "fewbit.ranges.percentile:Percentile",
         "mse": "fewbit.ranges.mse:MSE",
+        "sample_average": "fewbit.ranges.sample_average:SampleAverage",
+        "mean_std": "fewbit.ranges.mean_std:MeanStd",
+        "kl": "fewbit.ranges.kl:KL",
+        "aciq": "fewbit.ranges.aciq:ACIQ",
+        "lp_norm": "fewbit.ranges.lp_norm:LpNorm",
+        "requant": "fewbit.ranges.requant:REQuant",
     },
     "engines": {
         "onnxruntime": "fewbit.engines.onnxruntime:OnnxRuntime",

@@ -124,7 +124,9 @@ def test_with_all_quantizers_off_the_network_computes_what_it_did(name: str) -> 
         net, _ = made(name, network)
         expected = outputs(make_net(network), make_images(4))
         found = outputs(switch_off(net), make_images(4))
-        assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max()) + 1e-6
+        # What takes rounding back off the biases leaves there as much as rounding did.
+        share = 0.02 if "corrected" in net.facts else 1e-5
+        assert float((found - expected).abs().max()) < share * float(expected.abs().max()) + 1e-6
 
 
 def test_numbers_stay_float32_and_any_batch_goes_through(name: str) -> None:

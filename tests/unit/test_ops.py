@@ -28,6 +28,7 @@ CASES: list[tuple[nn.Module, tuple[Tensor, ...], Tensor]] = [
     (ops.Clip(-0.5, 0.25), (A,), A.clamp(-0.5, 0.25)),
     (ops.Clip(0, 6), (10 * A,), F.relu6(10 * A)),
     (ops.Clip(-float("inf"), 0.1), (A,), A.clamp(max=0.1)),
+    (ops.Minimum(STEPS.reshape(3, 1, 1)), (A,), torch.minimum(A, STEPS[:, None, None])),
     (ops.Concat(1), (A, B, A), torch.cat((A, B, A), 1)),
     (ops.GlobalAvgPool(), (A,), F.adaptive_avg_pool2d(A, 1)),
     (ops.Mean((1, 3), True), (A,), A.mean((1, 3), keepdim=True)),

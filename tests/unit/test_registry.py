@@ -47,7 +47,7 @@ def test_an_unknown_name_is_told_with_the_nearest_and_what_there_is() -> None:
     with pytest.raises(RecipeError) as caught:
         find("ranges", "minmaks")
     assert str(caught.value) == (
-        "ranges: no 'minmaks' (did you mean 'minmax'?); there are minmax, moving_average, percentile, mse"
+        f"ranges: no 'minmaks' (did you mean 'minmax'?); there are {', '.join(ROWS['ranges'])}"
     )
 
 

@@ -233,6 +233,12 @@ def _clip(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
     return e.add("Clip", layer.name, [*inputs, *limits])
 
 
+@emits("Min")
+def _minimum(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
+    limits: Any = layer.module.limits
+    return e.add("Min", layer.name, [*inputs, e.constant(f"{layer.name}.limits", limits)])
+
+
 @emits("PRelu")
 def _prelu(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
     slope: Any = layer.module.weight

@@ -79,8 +79,12 @@ def _clip(b: OnnxBuilder, op: Op, x: fx.Node, low: Any = None, high: Any = None)
 
 @operator("Max", "Min")
 def _limit(b: OnnxBuilder, op: Op, x: Any, other: Any) -> fx.Node:
-    """Max or Min with one number, as TensorFlow writes ReLU6."""
+    """Max or Min with one number, as TensorFlow writes ReLU6; Min with one a channel."""
     x, other = (other, x) if isinstance(x, Constant) else (x, other)
+    if isinstance(other, Constant) and op.kind == "Min" and b.array(other, "a limit").size > 1:
+        limits, rank = b.tensor(other, "limits"), b.size(x).rank
+        if limits.dim() <= rank and limits.numel() == b.shape(x)[1] and _axis_of(limits, rank) == 1:
+            return b.add(ops.Minimum(limits.reshape(-1, *[1] * (rank - 2))), x)
     if not isinstance(other, Constant) or b.array(other, "a limit").size != 1:
         raise b.refuse("more than one number as limit")
     return _clip(b, op, x, *((other, None) if op.kind == "Max" else (None, other)))  # type: ignore[no-any-return]

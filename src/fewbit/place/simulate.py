@@ -22,7 +22,7 @@ from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, Qua
 
 _MOVES = (
     *("MaxPool", "Concat", "Flatten", "Reshape", "Permute", "Pad", "Slice", "Upsample"),
-    *("Identity", "Dropout", "DropPath", "Relu", "Clip"),
+    *("Identity", "Dropout", "DropPath", "Relu", "Clip", "Min"),
 )
 
 

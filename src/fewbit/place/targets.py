@@ -8,7 +8,7 @@ from __future__ import annotations
 from fewbit.errors import RecipeError, suggest
 from fewbit.spec import Frozen
 
-_SHARING = frozenset({"MaxPool", "Flatten", "Reshape", "Permute", "Slice", "Pad", "Upsample"})
+_SHARING = frozenset({"MaxPool", "Flatten", "Reshape", "Permute", "Slice", "Pad", "Upsample", "Min"})
 
 
 class Target(Frozen):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fewbit.net import Net
+from fewbit.net import Net, Normal
 from fewbit.step import Context, Step, StepReport
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -23,7 +23,7 @@ class FoldBN(Step):
 
     computed in float64. A BatchNorm whose input is not the output of such a layer, that shares it with
     another reader, or that normalises another axis stays (before a zero-padded convolution it does not fold
-    exactly).
+    exactly). What it says of the layer's output, N(beta, gamma^2) in each channel, stays in `Net.statistics`.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", 2018, arXiv 1712.05877, section 3.2.
@@ -44,6 +44,7 @@ class FoldBN(Step):
             before = net.graph.get_submodule(str(source.target)) if source.op == "call_module" else None
             if isinstance(before, _Foldable) and len(source.users) == 1 and _same_axis(net, source, before):
                 fold(before, layer.module)
+                net.statistics[str(source.target)] = normal_of(layer.module)
                 layer.node.replace_all_uses_with(source)
                 net.graph.graph.erase_node(layer.node)
                 changed += 1
@@ -107,3 +108,14 @@ def affine_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias.detach()
     scale = gamma.double() / torch.sqrt(norm.running_var.double() + norm.eps)
     return scale, beta.double() - scale * norm.running_mean.double()
+
+
+def normal_of(norm: _BatchNorm) -> Normal:
+    """Return the distribution that a BatchNorm gives its output: N(beta, gamma^2) in each channel.
+
+    Training makes it so; a channel of variance v much below eps has only gamma^2 v / (v + eps).
+    """
+    scale, _ = affine_of(norm)
+    assert norm.running_var is not None
+    mean = torch.zeros_like(scale) if norm.bias is None else norm.bias.detach().double()
+    return Normal(mean, scale.abs() * torch.sqrt(norm.running_var.double()))

@@ -75,7 +75,11 @@ class RangeMethod(Protocol):
         ...
 
     def of_weights(self, rows: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the low and high ends (R,) of each row of float32 weights (R, K)."""
+        """Return the low and high ends (R,) of each row of float32 weights (R, K).
+
+        Raises:
+            RecipeError: The method finds ranges of activations only.
+        """
         ...
 
 

@@ -24,7 +24,7 @@ def find_weight_range(
         spec: Their grid; its `granularity` says whether one range a tensor or one an output channel. Codes of
             a symmetric grid are signed whatever the sign of the weights.
         axis: The output channels' axis: 0 of a convolution or matrix, 1 of a transposed convolution.
-        method: "minmax", "percentile" or "mse", or one of these with its hyperparameters.
+        method: A row of the registry's `ranges`, or its class with hyperparameters.
         name: What errors call the tensor.
 
     Returns:
@@ -32,7 +32,8 @@ def find_weight_range(
 
     Raises:
         NetworkError: A weight is not finite.
-        RecipeError: The method is unknown, or the tensor has no such axis or no weight.
+        RecipeError: The method is unknown or for activations only, or the tensor has no such axis or no
+            weight.
 
     >>> find_weight_range(torch.tensor([[0.5, -1.0], [2.0, 0.0]]), QuantSpec(granularity="channel"))
     Range(low=(-1.0, 0.0), high=(0.5, 2.0))

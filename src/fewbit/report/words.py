@@ -17,6 +17,8 @@ RECIPES = {
     "int8-percentile": "int8 (percentile ranges)",
     "int8-mse": "int8 (MSE ranges)",
     "int8-per-tensor": "int8 (per tensor)",
+    "int8-equalized": "int8 (equalized, biases corrected)",
+    "int8-per-tensor-equalized": "int8 (per tensor, equalized, biases corrected)",
     "int8-symmetric": "int8 (symmetric)",
     "int8-weights-only": "int8 weights only",
     "int8-dynamic": "int8 (dynamic ranges)",

@@ -92,6 +92,10 @@ CASES: dict[str, list[Made]] = {
     "LayerNorm2d": [lambda: ops.LayerNorm2d(draw(4), draw(4), 1e-6)],
     "Relu": [nn.ReLU],
     "Clip": [lambda: ops.Clip(0, 6), lambda: ops.Clip(-math.inf, 0.5), lambda: ops.Clip(-0.5, math.inf)],
+    "Min": [
+        lambda: ops.Minimum(draw(4).detach().reshape(4, 1, 1)),
+        lambda: flat(ops.Minimum(draw(4).detach())),
+    ],
     "LeakyRelu": [lambda: nn.LeakyReLU(0.2)],
     "PRelu": [
         nn.PReLU,

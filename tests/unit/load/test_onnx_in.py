@@ -68,6 +68,7 @@ CASES: list[tuple[str, list[NodeProto], Weights, list[str], int]] = [
         ["Relu", "Clip"],
         4,
     ),
+    ("Min of channels", [node("Min", "s x")], {"s": f32(1, 4, 1, 1)}, ["Min"], 4),
     ("LeakyRelu", [node("LeakyRelu", "x", alpha=0.3)], {}, ["LeakyRelu"], 4),
     ("PRelu", [node("PRelu", "x s")], {"s": f32(4, 1, 1)}, ["PRelu"], 4),
     ("PRelu shared", [node("PRelu", "x s")], {"s": f32(1)}, ["PRelu"], 4),

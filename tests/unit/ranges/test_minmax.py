@@ -131,7 +131,7 @@ def test_memory_layout_and_gradients_do_not_matter(method):
 def test_other_floating_types(method):
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         finder = started(method)
-        finder.observe(torch.tensor([-1.0, 0.5, 3.0], dtype=dtype))
+        finder.observe(torch.tensor([[-1.0, 0.5, 3.0]], dtype=dtype))
         assert finder.find(QuantSpec(bits=8)).high == pytest.approx(3, rel=0.02)
 
 
@@ -161,6 +161,8 @@ def test_weights_per_tensor():
 
 def test_symmetric_weights_are_signed_whatever_their_sign():
     for method in METHODS:
+        if method == "kl":
+            continue  # for activations only
         found = find_weight_range(torch.tensor([[0.5, 1.0, 1.0]]), QuantSpec(symmetric=True), 0, method)
         assert found.low == -found.high < 0
 

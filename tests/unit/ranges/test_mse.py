@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from fewbit.errors import RecipeError
 from fewbit.numerics import affine_parameters, symmetric_scale
 from fewbit.ranges import find_weight_range
-from fewbit.ranges.mse import MSE, SquaredError
+from fewbit.ranges.grid_search import SquaredError
+from fewbit.ranges.mse import MSE
 from fewbit.spec import QuantSpec
 
 WORKED = np.array([0.02, -0.05, 0.11, -0.13, 0.17, -0.21, 0.26, -0.3, 0.33, 1.0])

@@ -1,0 +1,1 @@
+"""Steps that win back accuracy after the grids are known."""
