@@ -32,6 +32,23 @@ def uniform(spec: QuantSpec, unsigned: bool = False) -> NDArray[np.float64]:
     return np.arange(qmin, qmax + 1, dtype=np.float64)
 
 
+def power(spec: QuantSpec, exponent: float) -> NDArray[np.float64]:
+    """Return ``sign(q) |q|^(1 / exponent)`` of each code q: values that lie closer together near zero.
+
+    A grid of its own kind, for its values depend on more than the spec: `fewbit.ranges.power_grid` finds the
+    exponent.
+
+    Args:
+        spec: Symmetric.
+        exponent: Above 0, at most 1, which gives the whole numbers.
+
+    >>> power(QuantSpec(bits=3, symmetric=True, signed=True), 0.5).tolist()
+    [-9.0, -4.0, -1.0, 0.0, 1.0, 4.0, 9.0]
+    """
+    codes = uniform(spec)
+    return np.asarray(np.sign(codes) * np.abs(codes) ** (1 / exponent))
+
+
 GRIDS: dict[str, Grid] = {"uniform": uniform}
 
 

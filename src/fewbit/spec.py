@@ -113,14 +113,22 @@ class QuantSpec(Frozen):
             that is never negative (after ReLU) takes unsigned codes all the same, which doubles its
             resolution.
         granularity: One scale a tensor, or one an output channel (weights only).
-        grid: Name of the set of values, see `fewbit.grids`.
+        grid: Set of values. "uniform": whole multiples of the scale. "power": ``sign(q) |q|^(1/p)`` times the
+            scale, p of each layer or channel found with it; for weights in mode "weights_only", as integer
+            arithmetic wants uniform values.
+        power_of_two: Scales are powers of two, so that requantizing is a shift. A range takes the smallest
+            such scale that covers it; methods that search for the least error compare the ranges with the
+            scales that they will have.
+
+    Weights that are not symmetric run in integers on ONNX Runtime; OpenVINO computes them in float.
     """
 
     bits: int = Field(8, ge=1, le=8)
     symmetric: bool = False
     signed: bool = False
     granularity: Granularity = "tensor"
-    grid: Literal["uniform"] = "uniform"
+    grid: Literal["uniform", "power"] = "uniform"
+    power_of_two: bool = False
 
     def code_range(self, unsigned: bool = False) -> tuple[int, int]:
         """Return (qmin, qmax). Symmetric signed codes are restricted: never -2^(b-1).
@@ -144,6 +152,12 @@ def _check_bits(spec: QuantSpec) -> None:
 def _of_weights(spec: QuantSpec) -> QuantSpec:
     """Return the spec with signed codes, which weights always have."""
     _check_bits(spec)
+    if spec.grid == "power" and (not spec.symmetric or spec.power_of_two):
+        raise PydanticCustomError(
+            "grid",
+            "the power grid is symmetric and its scales are no powers of two; give symmetric = true and "
+            "power_of_two = false",
+        )
     return spec if spec.signed else spec.model_copy(update={"signed": True})
 
 
@@ -154,6 +168,8 @@ def _of_activations(spec: QuantSpec) -> QuantSpec:
         raise PydanticCustomError(
             "granularity", 'activations have one scale a tensor; give granularity = "tensor"'
         )
+    if spec.grid != "uniform":
+        raise PydanticCustomError("grid", 'activations are on the uniform grid; give grid = "uniform"')
     return spec.model_copy(update={"signed": True}) if spec.symmetric and not spec.signed else spec
 
 
@@ -161,24 +177,27 @@ class Rule(Frozen):
     """An exception to a Scheme for the layers that it matches.
 
     Attributes:
-        match: A layer's name; where no layer has it, a glob over names ("layer1.*"), or "first" / "last"
-            (the first or last convolution or matrix product).
+        match: A layer's name; where no layer has it, a glob over names ("layer1.*"), "first" / "last"
+            (the first or last convolution or matrix product), or "input" (the image).
         keep_float: Leave these layers in float.
         weights: The grid of their weights, where it differs.
         activations: The grid of their outputs, where it differs.
+        inputs: The grid of what they read, where it differs; convolutions and matrix products only. It goes
+            before the grid that the layer which makes the tensor asks for.
     """
 
     match: str
     keep_float: bool = False
     weights: QuantSpec | None = None
     activations: QuantSpec | None = None
+    inputs: QuantSpec | None = None
 
     @field_validator("weights")
     @classmethod
     def _check_weights(cls, spec: QuantSpec | None) -> QuantSpec | None:
         return None if spec is None else _of_weights(spec)
 
-    @field_validator("activations")
+    @field_validator("activations", "inputs")
     @classmethod
     def _check_activations(cls, spec: QuantSpec | None) -> QuantSpec | None:
         return None if spec is None else _of_activations(spec)

@@ -6,6 +6,7 @@ import inspect
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,6 +44,19 @@ def observed(method: str, *batches: Tensor) -> Any:
 def ends(found: Range) -> tuple[float, float]:
     assert isinstance(found.low, float) and isinstance(found.high, float)
     return found.low, found.high
+
+
+def held(value: Any, arrays: bool = False) -> int:
+    """Return how many numbers, texts and arrays an object holds, or the bytes of its arrays."""
+    if isinstance(value, np.ndarray | Tensor):
+        return value.nbytes if arrays else 1
+    if isinstance(value, list | tuple | dict):
+        return sum(held(item, arrays) for item in (value.values() if isinstance(value, dict) else value))
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    parts = [getattr(value, name) for name in slots if hasattr(value, name)]
+    if isinstance(value, Frozen) or not parts:
+        return int(not arrays)
+    return sum(held(part, arrays) for part in parts)
 
 
 def takes_weights(method: str) -> bool:
@@ -105,6 +119,15 @@ def test_zero_is_inside_and_nothing_is_wider_than_the_values(name: str, values: 
             assert low == -high and high <= max(reach) * (1 + 1e-6)
         else:
             assert high <= reach[0] * (1 + 1e-6) and -low <= reach[1] * (1 + 1e-6)
+
+
+def test_what_it_keeps_does_not_grow_with_the_batches(method: str) -> None:
+    finder = observed(method, *(draw(seed) for seed in range(64)))
+    before, arrays = held(finder), held(finder, arrays=True)
+    for seed in range(64, 640):
+        finder.observe(draw(seed))
+    assert (held(finder), held(finder, arrays=True)) == (before, arrays)
+    assert before < 40 and arrays <= 2**16 + 2**10
 
 
 def test_same_values_same_range_and_they_are_not_touched(method: str, spec: QuantSpec) -> None:

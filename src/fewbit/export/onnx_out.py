@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 from torch import fx, nn
 
+from fewbit import ops
 from fewbit.errors import RecipeError
 from fewbit.export.emit import Emitter, stand_between
 from fewbit.export.qdq import dynamic_codes, dynamic_layer, quantize_activation, quantized_layer
@@ -130,7 +132,8 @@ class _Walk:
         module, e = layer.module, self.emitter
         if isinstance(module, Quantizer):
             container = "unsigned" if id(module) in self.joined else self.container
-            return quantize_activation(e, module, layer, inputs[0], container)
+            clip = self._clip_on_codes(layer.node.args[0]) or (-math.inf, math.inf)
+            return quantize_activation(e, module, layer, inputs[0], container, clip)
         if isinstance(module, DynamicQuantizer):
             rank = len(e.size_of_input(layer))
             self.dynamic[layer.node] = dynamic_codes(e, module, layer, inputs[0], rank)
@@ -140,6 +143,8 @@ class _Walk:
                 e.padded_before.add(
                     layer.name
                 )  # the same OpenVINO averages over codes of 0, not of the zero point
+            if self._clip_on_codes(layer.node) is not None:
+                return inputs[0]
             return e.layer(layer, self._kept_behind(layer, self._kept_apart(layer, inputs)))
         reads = input_quantizer(self.net, layer.node)
         if isinstance(reads, DynamicQuantizer):
@@ -147,6 +152,29 @@ class _Walk:
             assert isinstance(source, fx.Node)
             return dynamic_layer(e, layer, *self.dynamic[source])
         return quantized_layer(e, layer, inputs[0], reads)
+
+    def _clip_on_codes(self, node: object) -> tuple[float, float] | None:
+        """Return the ends of a ReLU or clip that is left to the codes behind it, or none where it stays.
+
+        ONNX Runtime takes a convolution with its activation to integers only where the whole container's ends
+        lie within the activation's, which those of fewer bits, of a scale that is a power of two or of a
+        shared grid need not. Clamping the codes is the same, and where they end within the clip anyway it is
+        nothing. OpenVINO has the activation in its kernel whatever the grid.
+        """
+        if self.container != "unsigned":
+            return None
+        module = self.layers[node].module if isinstance(node, fx.Node) and node in self.layers else None
+        if not isinstance(module, ops.Clip | nn.ReLU):
+            return None
+        assert isinstance(node, fx.Node)
+        readers = [self.layers[user].module if user in self.layers else None for user in node.users]
+        quantizers = [reader for reader in readers if isinstance(reader, Quantizer)]
+        if len(quantizers) < len(readers):
+            return None
+        ends = (module.low, module.high) if isinstance(module, ops.Clip) else (0.0, math.inf)
+        if isinstance(module, nn.ReLU) and all(q.limits(*ends) == q.limits() for q in quantizers):
+            return None
+        return ends
 
     def _kept_apart(self, layer: Layer, inputs: list[ir.Value]) -> list[ir.Value]:
         """Keep ONNX Runtime from quantizing a convolution or matrix product that is to stay in float.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from fewbit.export.emit import Emitter, conv_attributes, product, stand_between
 from fewbit.net import Layer
 from fewbit.numerics import quantize_bias
+from fewbit.place.power_quantizer import PowerQuantizer
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer
 
 
@@ -36,24 +39,35 @@ def grid_constants(
 
 
 def quantize_activation(
-    e: Emitter, quantizer: Quantizer, layer: Layer, x: ir.Value, container: str
+    e: Emitter,
+    quantizer: Quantizer,
+    layer: Layer,
+    x: ir.Value,
+    container: str,
+    clip: tuple[float, float] = (-math.inf, math.inf),
 ) -> ir.Value:
     """Add a QuantizeLinear / DequantizeLinear pair behind a value and return the dequantized value.
 
-    Grids that do not fill their container are clamped on the codes, between the pair, so that the kernels
-    on both sides stay in integers.
+    Codes that do not fill their container are clamped between the pair, so that the kernels on both sides
+    stay in integers.
+
+    Args:
+        e: The graph.
+        quantizer: The grid.
+        layer: Of the quantizer.
+        x: The value.
+        container: As in `grid_constants`.
+        clip: Ends of a clip before the quantizer, which is left to the codes.
     """
     name = layer.name
     scale, zero_point, shift = grid_constants(e, quantizer, name, container)
     tensor = layer.inputs[0]
     codes = e.add("QuantizeLinear", f"{tensor}:q", [x, scale, zero_point])
-    low, high = quantizer.qmin + shift, quantizer.qmax + shift
+    low, high = (code + shift for code in quantizer.limits(*clip))
     dtype = np.uint8 if quantizer.unsigned or shift else np.int8
-    if quantizer.spec.bits < 8:
-        limits = [
-            e.constant(f"{name}.qmin", low, dtype),
-            e.constant(f"{name}.qmax", high, dtype),
-        ]
+    if (low, high) != (np.iinfo(dtype).min, np.iinfo(dtype).max):
+        # A shared grid may stand behind several values, each with a clip of its own.
+        limits = [e.constant(f"{name}.code{code}", code, dtype) for code in (low, high)]
         codes = e.add("Clip", f"{tensor}:clip", [codes, *limits])
     return e.add("DequantizeLinear", f"{tensor}:dq", [codes, scale, zero_point])
 
@@ -98,11 +112,33 @@ def quantized_layer(e: Emitter, layer: Layer, x: ir.Value, reads: Quantizer | No
 
 def _dequantized_weight(e: Emitter, name: str, module: QuantLayer) -> ir.Value:
     quantizer = module.weight_quantizer
+    if isinstance(quantizer, PowerQuantizer):
+        return _looked_up_weight(e, name, module, quantizer)
     codes = e.constant(f"{name}.weight:q", weight_codes(module), np.int8)
     scale = e.constant(f"{name}.weight.scale", quantizer.scale)
     zero_point = e.constant(f"{name}.weight.zero_point", quantizer.zero_point, np.int8)
     axis = {"axis": 0} if quantizer.scale.dim() else {}
     return e.add("DequantizeLinear", f"{name}.weight:dq", [codes, scale, zero_point], **axis)
+
+
+def _looked_up_weight(e: Emitter, name: str, module: QuantLayer, quantizer: PowerQuantizer) -> ir.Value:
+    """Add a weight whose codes are looked up; engines do so once, when they open the file.
+
+    The table of each exponent lies in one tensor, one behind the other; a channel's codes are moved to its
+    own.
+    """
+    tables, which = quantizer.tables()
+    rank = module.weight.dim()
+    shape = (-1, *[1] * (rank - 1)) if which.dim() else ()
+    first = which.numpy() * tables.shape[1] - quantizer.qmin
+    codes = e.constant(f"{name}.weight:q", weight_codes(module), np.int8)
+    starts = e.constant(f"{name}.weight.start", first.reshape(shape), np.int32)
+    values = e.constant(f"{name}.weight.table", tables.reshape(-1))
+    scale = e.constant(f"{name}.weight.scale", quantizer.scale.numpy().reshape(shape))
+    wide = e.add("Cast", f"{name}.weight:wide", [codes], to=int(ir.DataType.INT32))
+    places = e.add("Add", f"{name}.weight:place", [wide, starts])
+    units = e.add("Gather", f"{name}.weight:unit", [values, places])
+    return e.add("Mul", f"{name}.weight:dq", [units, scale])
 
 
 def _bias(e: Emitter, name: str, module: QuantLayer, reads: Quantizer | None) -> ir.Value:

@@ -36,10 +36,12 @@ def restore_norm(layer: QuantLayer) -> bool:
         layer: It has a weight grid.
 
     Returns:
-        Whether it has a scale a channel; one scale for the tensor stays as it is.
+        Whether it has a scale a channel that may take any value; one scale for the tensor stays as it is,
+        and so do powers of two and the scales of power grids.
     """
     quantizer = layer.weight_quantizer
-    if quantizer.scale.dim() == 0:
+    fixed = quantizer.spec.power_of_two or quantizer.spec.grid != "uniform"
+    if quantizer.scale.dim() == 0 or fixed:
         return False
     with torch.no_grad():
         codes = quantizer.codes(layer.weight)

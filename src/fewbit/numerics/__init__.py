@@ -42,6 +42,7 @@ from fewbit.numerics.codes import (
     fold_batch_norm,
     quantize,
     quantize_bias,
+    round_up_to_power_of_two,
     sample_parameters,
     symmetric_scale,
 )
@@ -144,6 +145,7 @@ __all__ = [
     "relu",
     "requantize",
     "rescale_accumulator",
+    "round_up_to_power_of_two",
     "rounding_right_shift",
     "sample_parameters",
     "saturating_doubling_high_multiply",

@@ -10,10 +10,26 @@ from numpy.typing import ArrayLike, NDArray
 from fewbit.errors import InputError
 
 SCALE_FLOOR = 1e-12
+_SAME_POWER = 2.0**-20  # what ends rounded to float32 may add to a scale that was a power of two
+
+
+def round_up_to_power_of_two(scale: ArrayLike) -> NDArray[np.float64]:
+    """Return the least power of two that is not below each scale, but for a millionth of it.
+
+    >>> round_up_to_power_of_two([0.2, 0.25, 0.26]).tolist()
+    [0.25, 0.25, 0.5]
+    """
+    mantissa, exponent = np.frexp(np.asarray(scale, np.float64))
+    return np.asarray(np.ldexp(1.0, np.where(mantissa <= 0.5 + _SAME_POWER / 2, exponent - 1, exponent)))
 
 
 def affine_parameters(
-    low: ArrayLike, high: ArrayLike, qmin: int, qmax: int, name: str = "tensor"
+    low: ArrayLike,
+    high: ArrayLike,
+    qmin: int,
+    qmax: int,
+    name: str = "tensor",
+    power_of_two: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return scale and zero point of an asymmetric grid.
 
@@ -26,6 +42,7 @@ def affine_parameters(
         qmin: Smallest code.
         qmax: Largest code.
         name: What to call the tensor in an error.
+        power_of_two: Round the scale up to a power of two; then ``Z = clamp(rint(qmin - low / S))``.
 
     Returns:
         The scale (float32, at least 1e-12) and the zero point (int64), each of the shape of `low`.
@@ -42,12 +59,20 @@ def affine_parameters(
     scale = np.where(width > 0, np.maximum(width / (qmax - qmin), SCALE_FLOOR), 1.0)
     # As a share of the range, not low / S: a symmetric range then always meets the tie in its middle.
     share = -low_ / np.where(width > 0, width, 1.0)
+    if power_of_two:
+        scale = round_up_to_power_of_two(scale)
+        share = -low_ / scale / (qmax - qmin)
     zero_point = np.clip(np.where(width > 0, np.rint(qmin + (qmax - qmin) * share), 0), qmin, qmax)
     return scale.astype(np.float32), zero_point.astype(np.int64)
 
 
 def symmetric_scale(
-    low: ArrayLike, high: ArrayLike, qmax: int, signed: bool = True, name: str = "tensor"
+    low: ArrayLike,
+    high: ArrayLike,
+    qmax: int,
+    signed: bool = True,
+    name: str = "tensor",
+    power_of_two: bool = False,
 ) -> NDArray[np.float32]:
     """Return the scale of a symmetric grid, whose zero point is 0.
 
@@ -60,6 +85,7 @@ def symmetric_scale(
         qmax: Largest code.
         signed: Codes have a sign.
         name: What to call the tensor in an error.
+        power_of_two: Round the scale up to a power of two.
 
     Returns:
         The scale, float32, at least 1e-12, of the shape of `low`.
@@ -73,7 +99,7 @@ def symmetric_scale(
     low_, high_ = _range(low, high, name)
     largest = np.maximum(-low_, high_) if signed else high_
     scale = np.where(largest > 0, np.maximum(largest / qmax, SCALE_FLOOR), 1.0)
-    return scale.astype(np.float32)
+    return (round_up_to_power_of_two(scale) if power_of_two else scale).astype(np.float32)
 
 
 def sample_parameters(

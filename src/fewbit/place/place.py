@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 
 from torch import fx, nn
 
 from fewbit import ops
 from fewbit.errors import RecipeError, suggest
 from fewbit.net import Layer, Net, add_layer, name_of
+from fewbit.place.power_quantizer import PowerQuantizer
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.place.targets import Target
 from fewbit.spec import QuantSpec, Rule, Scheme
@@ -37,7 +39,9 @@ class Place(Step):
         plan = _Plan(net, context.scheme, context.target)
         matrices = [layer for layer in net.layers() if layer.name in plan.integer]
         for layer in matrices:
-            _quantize_weight(net, layer, plan.weight_spec(layer.name))
+            spec = plan.weight_spec(layer.name)
+            _check_grid(layer, spec, context.scheme)
+            _quantize_weight(net, layer, spec)
         if context.scheme.mode == "static":
             changed = _place_static(net, plan)
         elif context.scheme.mode == "dynamic":
@@ -67,7 +71,7 @@ class _Plan:
     def _check_rules(self) -> None:
         names = [layer.name for layer in self.layers.values()]
         for rule in self.scheme.rules:
-            known = rule.match in ("first", "last", *names)
+            known = rule.match in ("first", "last", "input", *names)
             if not known and not fnmatch.filter(names, rule.match):
                 raise RecipeError(
                     f"rule '{rule.match}'{suggest(rule.match, names)}: no layer of {self.net.name} matches; "
@@ -95,8 +99,20 @@ class _Plan:
     def activation_spec(self, name: str) -> QuantSpec:
         """Return the grid of a layer's output, narrowed to what the Target runs fast."""
         rule = self.rule(name)
-        chosen = rule.activations if rule is not None and rule.activations is not None else None
-        spec = chosen or self.scheme.activations
+        chosen = rule.activations if rule is not None else None
+        return self._narrowed(chosen or self.scheme.activations)
+
+    def tensor_spec(self, root: fx.Node, group: Iterable[fx.Node]) -> QuantSpec:
+        """Return the grid that the tensors of a group share: the finest that a reader's rule asks for."""
+        readers = [self.layers[user] for node in group for user in node.users if user in self.layers]
+        rules = [self.rule(layer.name) for layer in readers if layer.name in self.integer]
+        asked = [rule.inputs for rule in rules if rule is not None and rule.inputs is not None]
+        if asked:
+            return self._narrowed(max(asked, key=lambda spec: spec.bits))
+        layer = self.layers.get(root)
+        return self.activation_spec(layer.name if layer else "input")
+
+    def _narrowed(self, spec: QuantSpec) -> QuantSpec:
         if self.target.symmetric_activations:
             return spec.model_copy(update={"symmetric": True, "signed": True})
         return spec
@@ -157,6 +173,20 @@ class _Plan:
         return (f"left in float: {', '.join(left)}",) if left else ()
 
 
+def weight_specs(net: Net, scheme: Scheme, target: Target) -> dict[str, QuantSpec]:
+    """Return the grid that placing would give the weights of each layer; those left in float are missing."""
+    plan = _Plan(net, scheme, target)
+    return {name: plan.weight_spec(name) for name in plan.matrices if name in plan.integer}
+
+
+def _check_grid(layer: Layer, spec: QuantSpec, scheme: Scheme) -> None:
+    if spec.grid == "power" and scheme.mode != "weights_only":
+        raise RecipeError(
+            f"layer '{layer.name}': weights on the grid 'power' have no integer arithmetic; "
+            'set mode = "weights_only" in [scheme], or grid = "uniform" for its weights'
+        )
+
+
 def _quantize_weight(net: Net, layer: Layer, spec: QuantSpec) -> None:
     module: nn.Module
     if isinstance(layer.module, nn.Conv2d):
@@ -164,6 +194,8 @@ def _quantize_weight(net: Net, layer: Layer, spec: QuantSpec) -> None:
     else:
         assert isinstance(layer.module, nn.Linear)
         module = QuantLinear(layer.module, spec, layer.name)
+    if spec.grid == "power":
+        module.weight_quantizer = PowerQuantizer(spec, module.weight_quantizer.name)
     parent, _, leaf = layer.name.rpartition(".")
     setattr(net.graph.get_submodule(parent), leaf, module)
 
@@ -181,6 +213,11 @@ def _place_dynamic(net: Net, plan: _Plan, matrices: list[Layer]) -> int:
         assert isinstance(source, fx.Node)
         if source not in made:
             spec = plan.activation_spec(layer.name)
+            if spec.power_of_two:
+                raise RecipeError(
+                    f"layer '{layer.name}': dynamic quantization takes each scale from a sample at run time, "
+                    "never a power of two; set power_of_two = false in [scheme.activations]"
+                )
             with net.graph.graph.inserting_after(source):
                 name = f"quantizers.{source.name}"
                 made[source] = add_layer(net.graph, name, DynamicQuantizer(spec, name_of(source)), source)
@@ -191,14 +228,17 @@ def _place_dynamic(net: Net, plan: _Plan, matrices: list[Layer]) -> int:
 def _place_static(net: Net, plan: _Plan) -> int:
     tails = _tails(net, plan)
     groups = _share(net, plan, tails)
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for node, root in groups.items():
+        members.setdefault(root, []).append(node)
+    specs = {root: plan.tensor_spec(root, group) for root, group in members.items()}
     made: dict[fx.Node, Quantizer] = {}
     count = 0
     for node in tails:
         root = groups[node]
         first = root not in made
         if first:
-            layer = plan.layers.get(root)
-            made[root] = Quantizer(plan.activation_spec(layer.name if layer else "input"), name_of(root))
+            made[root] = Quantizer(specs[root], name_of(root))
             net.graph.add_submodule(f"quantizers.{root.name}", made[root])
         users = list(node.users)
         with net.graph.graph.inserting_after(node):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,12 @@ class Quantizer(nn.Module):
         unsigned: Codes are stored as uint8, else int8.
         ready: It has a grid.
         enabled: Off, it passes its input through.
+        assigned: Codes that a method chose for a weight, in place of those nearest to it; or none.
     """
 
     scale: Tensor
     zero_point: Tensor
+    assigned: Tensor | None
 
     def __init__(self, spec: QuantSpec, name: str, axis: int = 0, weight: bool = False) -> None:
         super().__init__()
@@ -61,6 +64,7 @@ class Quantizer(nn.Module):
         self.ready, self.enabled = False, True
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
+        self.register_buffer("assigned", None)
 
     def set_range(self, low: Any, high: Any) -> None:
         """Take the grid that covers [low, high]; arrays for a scale per channel.
@@ -77,16 +81,46 @@ class Quantizer(nn.Module):
             self.qmin, self.qmax = self.spec.code_range(unsigned=self.unsigned)
             if self.spec.bits == 8 and not self.unsigned and not self.weight:
                 self.qmin = -128  # QuantizeLinear saturates at the end of int8
-            scale = symmetric_scale(low64, high64, self.qmax, not self.unsigned, self.name)
+            scale = symmetric_scale(
+                low64, high64, self.qmax, not self.unsigned, self.name, self.spec.power_of_two
+            )
             self._take(scale, np.zeros_like(scale))
         else:
-            self._take(*affine_parameters(low64, high64, self.qmin, self.qmax, self.name))
+            limits = self.qmin, self.qmax, self.name, self.spec.power_of_two
+            self._take(*affine_parameters(low64, high64, *limits))
 
     def _take(self, scale: Any, zero_point: Any) -> None:
         device = self.scale.device
         self.scale = torch.as_tensor(np.asarray(scale, np.float32), device=device)
         self.zero_point = torch.as_tensor(np.asarray(zero_point, np.float32), device=device)
-        self.ready = True
+        self.ready, self.assigned = True, None
+
+    def assign(self, codes: Tensor, scale: Tensor | None = None) -> None:
+        """Take the codes of a weight from a method instead of rounding it to nearest.
+
+        The weight itself stays in float, so that the float network can still be run.
+
+        Args:
+            codes: Whole numbers from qmin to qmax in the weight's shape.
+            scale: The scale that they go with, where it is another one: float32 of the old one's shape.
+
+        Raises:
+            RecipeError: A code is none of the grid's, or the scale is none that the spec allows.
+        """
+        rounded = codes.detach().round()
+        if not bool(((rounded >= self.qmin) & (rounded <= self.qmax)).all()):
+            raise RecipeError(
+                f"tensor '{self.name}': codes from {float(codes.min())} to {float(codes.max())} are not "
+                f"all from {self.qmin} to {self.qmax}; clamp them"
+            )
+        if scale is not None:
+            if self.spec.power_of_two and not bool((torch.frexp(scale).mantissa == 0.5).all()):
+                raise RecipeError(
+                    f"tensor '{self.name}': its scales are powers of two, and this method moves them; "
+                    "set power_of_two = false for the weights"
+                )
+            self.scale = scale.detach().reshape(self.scale.shape).float()
+        self.assigned = rounded.float()
 
     def _spread(self, value: Tensor, rank: int) -> Tensor:
         if value.dim() == 0:
@@ -104,6 +138,8 @@ class Quantizer(nn.Module):
     def codes(self, x: Tensor) -> Tensor:
         """Return the codes of x, float32 with whole values."""
         scale, zero_point = self.grid(x.dim())
+        if self.assigned is not None:
+            return self.assigned
         return (torch.round(x / scale) + zero_point).clamp(self.qmin, self.qmax)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,6 +147,8 @@ class Quantizer(nn.Module):
         if not self.enabled:
             return x
         scale, zero_point = self.grid(x.dim())
+        if self.assigned is not None:
+            return (self.assigned - zero_point) * scale
         rounded: Tensor = _StraightThrough.apply(x, scale, zero_point, self.qmin, self.qmax)  # type: ignore[no-untyped-call]
         return rounded
 
@@ -119,6 +157,14 @@ class Quantizer(nn.Module):
         low = (self.qmin - self.zero_point) * self.scale
         high = (self.qmax - self.zero_point) * self.scale
         return float(low.min()), float(high.max())
+
+    def limits(self, low: float = -math.inf, high: float = math.inf) -> tuple[int, int]:
+        """Return the smallest and largest code of values clipped to [low, high]; one scale for the tensor.
+
+        Rounding keeps the order, so clamping the codes to these limits does the same as clipping the values.
+        """
+        ends = self.codes(torch.tensor([low, high], device=self.scale.device))
+        return int(ends[0]), int(ends[1])
 
     def extra_repr(self) -> str:
         """Show the grid."""
@@ -159,29 +205,46 @@ class DynamicQuantizer(nn.Module):
 
 
 class QuantConv2d(ops.Conv2d):
-    """A convolution whose weight is rounded to a grid."""
+    """A convolution whose weight is rounded to a grid.
+
+    Attributes:
+        float_bias: The bias that goes with the weight in float; methods change only the bias that goes with
+            the rounded one.
+    """
+
+    float_bias: Tensor | None
 
     def __init__(self, conv: nn.Conv2d, spec: QuantSpec, name: str) -> None:
         super().__init__(conv, ops.pads_of(conv))
+        self.register_buffer("float_bias", None if self.bias is None else self.bias.detach().clone())
         self.weight_quantizer = Quantizer(spec, f"{name}.weight", weight=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of (N, C, H, W) with the rounded weight."""
-        return ops.convolve(x, self.weight_quantizer(self.weight), self.bias, self)
+        bias = self.bias if self.weight_quantizer.enabled else self.float_bias
+        return ops.convolve(x, self.weight_quantizer(self.weight), bias, self)
 
 
 class QuantLinear(nn.Linear):
-    """A matrix product whose weight is rounded to a grid."""
+    """A matrix product whose weight is rounded to a grid.
+
+    Attributes:
+        float_bias: As for a convolution.
+    """
+
+    float_bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, spec: QuantSpec, name: str) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("float_bias", None if self.bias is None else self.bias.detach().clone())
         self.training = linear.training
         self.weight_quantizer = Quantizer(spec, f"{name}.weight", weight=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W' + b with the rounded weight, (N, I) -> (N, O)."""
-        return nn.functional.linear(x, self.weight_quantizer(self.weight), self.bias)
+        bias = self.bias if self.weight_quantizer.enabled else self.float_bias
+        return nn.functional.linear(x, self.weight_quantizer(self.weight), bias)
 
 
 QuantLayer = QuantConv2d | QuantLinear

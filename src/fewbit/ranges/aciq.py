@@ -124,7 +124,7 @@ class ACIQFinder:
         if self.method.prior != "mixed":
             return found[0]
         found.append(whole)
-        error = SquaredError(seen.density, seen.levels)
+        error = SquaredError(seen.density, seen.levels, spec.power_of_two)
         lows = np.array([0.0 if seen.mirrored else one.low for one in found], np.float64)
         best = int(np.argmin(error.of(lows, np.array([one.high for one in found], np.float64))))
         return found[best]

@@ -14,11 +14,15 @@ from torch import fx
 from fewbit import ops
 from fewbit.errors import DataError, RecipeError
 from fewbit.net import Net
+from fewbit.numerics import round_up_to_power_of_two
+from fewbit.place.power_quantizer import PowerQuantizer
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer, QuantLinear
 from fewbit.ranges.float_pass import FloatPass, keep_freed_memory
 from fewbit.ranges.range_finder import Range, RangeFinder, RangeMethod
-from fewbit.ranges.weights import find_weight_range
+from fewbit.ranges.requant import REQuant
+from fewbit.ranges.weights import find_weight_range, weight_rows
 from fewbit.registry import find
+from fewbit.spec import Scheme
 from fewbit.step import Context, Step, StepReport
 
 _INT32_MAX = 2**31 - 1
@@ -48,6 +52,10 @@ class Calibrate(Step):
     weights: str = "minmax"
     weight_options: Mapping[str, Any] = Field(default_factory=dict)
 
+    def reads_images(self, scheme: Scheme) -> bool:
+        """Tell whether activations have fixed grids."""
+        return scheme.mode == "static"
+
     def __call__(self, net: Net, context: Context) -> StepReport:
         """Calibrate in place."""
         weight_method = method(self.weights, self.weight_options)
@@ -55,10 +63,10 @@ class Calibrate(Step):
         for layer in net.layers():
             if isinstance(layer.module, QuantConv2d | QuantLinear):
                 set_weight_grid(layer.module, weight_method)
-        watched = _watched(net)
+        watched = watched_quantizers(net)
         if watched:
             _observe(net, watched, activation_method, context)
-        notes = _hold_biases(net)
+        notes = hold_biases(net)
         return StepReport(step="calibrate", changed=len({q.name for q in watched.values()}), notes=notes)
 
 
@@ -75,13 +83,28 @@ def method(name: str, options: Mapping[str, Any]) -> RangeMethod:
 def set_weight_grid(layer: QuantLayer, weight_method: RangeMethod) -> None:
     """Give a layer's weight its grid."""
     quantizer = layer.weight_quantizer
+    if isinstance(quantizer, PowerQuantizer):
+        _set_power_grid(layer, quantizer, weight_method)
+        return
     found = find_weight_range(
         layer.weight.detach(), quantizer.spec, quantizer.axis, weight_method, quantizer.name
     )
     quantizer.set_range(found.low, found.high)
 
 
-def _watched(net: Net) -> dict[fx.Node, Quantizer]:
+def _set_power_grid(layer: QuantLayer, quantizer: PowerQuantizer, weight_method: RangeMethod) -> None:
+    if not isinstance(weight_method, REQuant):
+        raise RecipeError(
+            f"tensor '{quantizer.name}': is on a power grid, which only the range method 'requant' finds; "
+            'give the step calibrate weights = "requant"'
+        )
+    rows = weight_rows(layer.weight, quantizer.spec, quantizer.axis, quantizer.name)
+    grids = weight_method.power_grids(rows, quantizer.spec)
+    one = quantizer.spec.granularity == "tensor"
+    quantizer.set_power(*((v[0] if one else v) for v in (grids.exponent, grids.step)))
+
+
+def watched_quantizers(net: Net) -> dict[fx.Node, Quantizer]:
     """Return the quantizer nodes to observe: in each shared group the ones that hold all of its values."""
     groups: dict[int, list[fx.Node]] = {}
     for layer in net.layers():
@@ -129,7 +152,7 @@ def _observe(net: Net, watched: Mapping[fx.Node, Quantizer], chosen: RangeMethod
     plain = method(_LOGITS_METHOD, {})
     finders: dict[fx.Node, RangeFinder] = {}
     for node, quantizer in watched.items():
-        kind = chosen if _feeds_matrix(net, node) else plain
+        kind = chosen if feeds_matrix(net, node) else plain
         finders[node] = kind.start(quantizer.name)
     float_pass, images = FloatPass(net, finders), 0
     with keep_freed_memory():
@@ -145,7 +168,7 @@ def _observe(net: Net, watched: Mapping[fx.Node, Quantizer], chosen: RangeMethod
         quantizer.set_range(np.min([one.low for one in found]), np.max([one.high for one in found]))
 
 
-def _feeds_matrix(net: Net, node: fx.Node) -> bool:
+def feeds_matrix(net: Net, node: fx.Node) -> bool:
     """Tell whether a convolution or matrix product comes anywhere behind a quantizer."""
     seen, todo = {node}, [node]
     while todo:
@@ -171,7 +194,7 @@ def input_quantizer(net: Net, layer_node: fx.Node) -> Quantizer | DynamicQuantiz
     return None
 
 
-def _hold_biases(net: Net) -> tuple[str, ...]:
+def hold_biases(net: Net) -> tuple[str, ...]:
     """Widen the weight grid of channels whose bias would not fit int32 at scale Sx Sw[o].
 
     Dead channels have tiny weights and any bias; a wider grid costs them nothing.
@@ -190,6 +213,9 @@ def _hold_biases(net: Net) -> tuple[str, ...]:
             need = need.max()
         low = quantizer.scale.double() < need
         if bool(low.any()):
-            quantizer.scale = torch.maximum(quantizer.scale.double(), need).float()
+            scale = torch.maximum(quantizer.scale.double(), need)
+            if quantizer.spec.power_of_two:
+                scale = torch.from_numpy(round_up_to_power_of_two(scale.numpy()))
+            quantizer.scale = scale.float()
             notes.append(f"{layer.name}: {int(low.sum())} weight grids widened so that the bias fits int32")
     return tuple(notes)

@@ -86,12 +86,12 @@ class _Convolution:
     def __call__(self, x: Tensor) -> Tensor:
         module, pads = self.module, ops.pads_of(self.module)
         if not _FUSES or pads[:2] != pads[2:] or x.device.type != "cpu" or x.dtype != torch.float32:
-            y = ops.convolve(x, module.weight, module.bias, module)
+            y = ops.convolve(x, module.weight, module.float_bias, module)
             return y if self.activation is None else self.activation(y)
         geometry = list(pads[:2]), list(module.stride), list(module.dilation), module.groups
         if self._arranged is None:
             if x.numel():
-                extremes(ops.convolve(x, module.weight, module.bias, module), self.name)
+                extremes(ops.convolve(x, module.weight, module.float_bias, module), self.name)
             self._arranged = torch.ops.mkldnn._reorder_convolution_weight(
                 module.weight, *geometry, list(x.shape)
             )
@@ -99,7 +99,7 @@ class _Convolution:
         if isinstance(self.activation, ops.Clip):
             word, limits = "hardtanh", [self.activation.low, self.activation.high]
         fused: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self._arranged, module.bias, *geometry, word, limits, ""
+            x, self._arranged, module.float_bias, *geometry, word, limits, ""
         )
         return fused
 
@@ -159,7 +159,7 @@ class FloatPass:
             chosen: Any = self._modules[activation] if activation is not None else None
             yield _Call(_Convolution(str(node.target), module, chosen), inputs, node)
         elif isinstance(module, QuantLinear):
-            yield _Call(partial(F.linear, weight=module.weight, bias=module.bias), inputs, node)
+            yield _Call(partial(F.linear, weight=module.weight, bias=module.float_bias), inputs, node)
         elif node not in self._same:
             overwrites = self._only_reader(source) is node
             read = cast("tuple[fx.Node, ...]", node.args)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from fewbit.errors import RecipeError
+from fewbit.numerics import round_up_to_power_of_two
 from fewbit.ranges.histogram import Density, Histogram
 from fewbit.ranges.minmax import MinMax
 from fewbit.ranges.range_finder import Range, range_of_extremes
@@ -25,28 +26,43 @@ _DENSE = 65536  # edges judged together
 
 
 class SquaredError:
-    """The squared error of grids over a density, from its cumulated moments: cost does not grow with values.
+    """The squared error of grids over a density, in closed form: cost does not grow with the values.
+
+    With N(b) the values below b and ``G(b)`` its integral, ``G(b) = sum over x < b of (b - x)``, a grid of
+    step S whose largest value is v errs by::
+
+        sum (x - v)^2 - 2 S sum over the borders b between two codes of G(b)
 
     Args:
         density: The values; they lie evenly within each bin, the exact zeros have no error.
         levels: Steps of the grid: its codes less one.
+        power_of_two: Grids have the least step that covers their range and is a power of two.
     """
 
-    def __init__(self, density: Density, levels: int) -> None:
+    def __init__(self, density: Density, levels: int, power_of_two: bool = False) -> None:
         edges, counts = density.edges, density.counts.astype(np.float64)
-        left, right = edges[:-1], edges[1:]
-        bins = (counts, counts * (left + right) / 2, counts * (left**2 + left * right + right**2) / 3)
-        self._moments = [np.concatenate([[0.0], np.cumsum(moment)]) for moment in bins]
-        self._edges, self._counts, self._widths = edges, counts, np.diff(edges)
-        self._levels = levels
+        left, right, widths = edges[:-1], edges[1:], np.diff(edges)
+        below = np.concatenate([[0.0], np.cumsum(counts)])
+        integral = np.concatenate([[0.0], np.cumsum((below[:-1] + counts / 2) * widths)])
+        heights = np.divide(counts, widths, out=np.zeros_like(counts), where=widths > 0)
+        # One stretch before the first edge and one behind the last.
+        self._edges, self._begins = edges, np.concatenate([edges[:1], edges])
+        self._below, self._integral = np.concatenate([[0.0], below]), np.concatenate([[0.0], integral])
+        self._halves = np.concatenate([[0.0], heights / 2, [0.0]])
+        self._number = float(below[-1])
+        self._first = float((counts * (left + right) / 2).sum())
+        self._second = float((counts * (left**2 + left * right + right**2) / 3).sum())
+        self._levels, self._power_of_two = levels, power_of_two
 
     def of(self, low: Floats, high: Floats) -> Floats:
         """Return the summed squared error (C,) of the grids over ``[low, high]``, each end (C,)."""
-        scale = ((high - low) / self._levels)[:, None]
-        zero = np.clip(np.rint(-low[:, None] / scale), 0, self._levels)
-        values = (np.arange(self._levels + 1) - zero) * scale
-        number, first, second = self._within(values[:, :-1] + scale / 2)
-        return np.asarray((second - 2 * values * first + values**2 * number).sum(1))
+        scale = _steps((high - low) / self._levels, self._power_of_two)
+        zero = np.clip(np.rint(-low / scale), 0, self._levels)
+        top = (self._levels - zero) * scale
+        borders = (np.arange(self._levels) + 0.5 - zero[:, None]) * scale[:, None]
+        shared = self._at(borders)[0].sum(1)
+        whole = self._second - 2 * top * self._first + top**2 * self._number
+        return np.asarray(whole - 2 * scale * shared)
 
     def best_scale(self, low: float, high: float) -> float:
         """Return the step of least error for the codes that the grid over ``[low, high]`` gives.
@@ -55,22 +71,19 @@ class SquaredError:
         """
         scale = (high - low) / self._levels
         codes = np.arange(self._levels + 1) - np.clip(np.rint(-low / scale), 0, self._levels)
-        number, first, _ = self._within(((codes[:-1] + 0.5) * scale)[None])
-        weight = float((codes**2 * number).sum())
+        borders = (codes[:-1] + 0.5) * scale
+        integral, number = self._at(borders)
+        first = np.diff(borders * number - integral, prepend=0.0, append=self._first)
+        weight = float((codes**2 * np.diff(number, prepend=0.0, append=self._number)).sum())
         return float((codes * first).sum()) / weight if weight > 0 else np.nan
 
-    def _within(self, borders: Floats) -> list[Floats]:
-        bin_ = np.clip(np.searchsorted(self._edges, borders, side="right") - 1, 0, len(self._counts) - 1)
-        left = self._edges[bin_]
-        reach = np.clip(borders - left, 0, self._widths[bin_])
-        share = self._counts[bin_] * reach / np.maximum(self._widths[bin_], np.finfo(np.float64).tiny)
-        right = left + reach
-        partial = (share, share * (left + right) / 2, share * (left**2 + left * right + right**2) / 3)
-        cells = []
-        for moment, part in zip(self._moments, partial, strict=True):
-            below = moment[bin_] + part
-            cells.append(np.diff(below, axis=1, prepend=0.0, append=moment[-1]))
-        return cells
+    def _at(self, borders: Floats) -> tuple[Floats, Floats]:
+        """Return G and N at each border."""
+        at = np.searchsorted(self._edges, borders, side="right")
+        reach = borders - self._begins.take(at)
+        inside = self._halves.take(at) * reach
+        number = self._below.take(at)
+        return self._integral.take(at) + (number + inside) * reach, number + 2 * inside
 
 
 class PowerError:
@@ -84,41 +97,46 @@ class PowerError:
         density: The values; they lie evenly within each bin, the exact zeros have no error.
         levels: Steps of the grid: its codes less one.
         power: Power of the error, at least 1.
+        power_of_two: Grids have the least step that covers their range and is a power of two.
     """
 
-    def __init__(self, density: Density, levels: int, power: float) -> None:
-        counts = density.counts.astype(np.float64)
-        widths = np.diff(density.edges)
-        used = np.flatnonzero(counts)
-        narrow = widths[used] <= 0
-        self._points = density.edges[:-1][used[narrow]], counts[used[narrow]]
-        spread = used[~narrow]
-        self._left, self._right = density.edges[spread], density.edges[spread + 1]
-        self._heights = counts[spread] / widths[spread]
-        self._levels, self._power = levels, power
+    def __init__(self, density: Density, levels: int, power: float, power_of_two: bool = False) -> None:
+        counts, widths = density.counts.astype(np.float64), np.diff(density.edges)
+        points = np.flatnonzero((widths <= 0) & (counts > 0))
+        self._points = density.edges[:-1][points], counts[points]
+        heights = np.divide(counts, widths, out=np.zeros_like(counts), where=widths > 0)
+        drops = -np.diff(heights, prepend=0.0, append=0.0)  # how much less dense it is behind each edge
+        used = np.flatnonzero(drops)
+        self._edges, self._drops = density.edges[used], drops[used]
+        self._levels, self._power, self._power_of_two = levels, power, power_of_two
 
     def of(self, low: Floats, high: Floats) -> Floats:
         """Return the summed error (C,) of the grids over ``[low, high]``, each end (C,)."""
-        many = max(1, _DENSE // (len(self._left) + 1))
+        many = max(1, _DENSE // (len(self._edges) + 1))
         parts = [self._of(low[i : i + many], high[i : i + many]) for i in range(0, len(low), many)]
         return np.concatenate(parts)
 
     def _of(self, low: Floats, high: Floats) -> Floats:
-        scale = ((high - low) / self._levels)[:, None]
+        scale = _steps((high - low) / self._levels, self._power_of_two)[:, None]
         zero = np.clip(np.rint(-low[:, None] / scale), 0, self._levels)
-        whole = self._integral(self._right, scale, zero) - self._integral(self._left, scale, zero)
+        found = self._integral(self._edges, scale, zero) @ self._drops
         points, counts = self._points
-        alone = np.abs(self._residue(points, scale, zero)[0]) ** self._power
-        return np.asarray(whole @ self._heights + alone @ counts)
+        if len(points):
+            found += np.abs(self._residue(points, scale, zero)[0]) ** self._power @ counts
+        return np.asarray(found)
 
     def _integral(self, edges: Floats, scale: Floats, zero: Floats) -> Floats:
         residue, codes = self._residue(edges, scale, zero)
         above = self._power + 1
-        return (np.sign(residue) * np.abs(residue) ** above + 2 * codes * (scale / 2) ** above) / above
+        return (np.copysign(np.abs(residue) ** above, residue) + 2 * codes * (scale / 2) ** above) / above
 
     def _residue(self, edges: Floats, scale: Floats, zero: Floats) -> tuple[Floats, Floats]:
         codes = np.clip(np.rint(edges / scale), -zero, self._levels - zero)
         return edges - codes * scale, codes
+
+
+def _steps(covering: Floats, power_of_two: bool) -> Floats:
+    return round_up_to_power_of_two(covering) if power_of_two else covering
 
 
 @dataclass(frozen=True)
@@ -184,9 +202,9 @@ def search_histogram(
     low, high = seen.low, seen.high
     if low == high:
         return seen.range(low, high)
-    error: SquaredError | PowerError = SquaredError(seen.density, seen.levels)
+    error: SquaredError | PowerError = SquaredError(seen.density, seen.levels, spec.power_of_two)
     if power != 2:
-        error = PowerError(seen.density, seen.levels, power)
+        error = PowerError(seen.density, seen.levels, power, spec.power_of_two)
     ends = search_ends(
         lambda a, b: error.of(low * a[:, 0], high * b[:, 0])[:, None], 1, low < 0 < high, steps
     )
@@ -225,6 +243,8 @@ def error_of_rows(
         left, right = low * low.new_tensor(of_low), high * high.new_tensor(of_high)
         scales = right / levels if spec.symmetric else (right - left) / levels
         scales = torch.where(scales > 0, scales, 1.0)[:, :, None]
+        if spec.power_of_two:
+            scales = scales.new_tensor(round_up_to_power_of_two(scales.cpu().numpy()))
         found = torch.empty(scales.shape[:2], device=rows.device)
         for number, scale in enumerate(scales):
             torch.div(rows, scale, out=work).round_()

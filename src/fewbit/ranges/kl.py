@@ -106,7 +106,8 @@ def relative_entropies(counts: ArrayLike, groups: int) -> NDArray[np.float64]:
 
         N D(i) = sum p ln p - sum_groups S ln(S / E) - t ln(S_last / E_last) + N ln(C / N)
 
-    so each i costs one term a group, from cumulated sums, and not one a bin.
+    so each i costs one term a group, from cumulated sums, and not one a bin. Where groups are short, the
+    thresholds share most of them, and each is worked out once.
 
     Args:
         counts: Values in each bin, from zero up (B,), the last one not 0.
@@ -117,22 +118,41 @@ def relative_entropies(counts: ArrayLike, groups: int) -> NDArray[np.float64]:
     [0.0782185, 0.0280233, 0.0230844]
     """
     h = np.asarray(counts, np.float64)
+    bins = len(h)
     below, filled, entropy = (np.concatenate([[0.0], np.cumsum(terms)]) for terms in (h, h > 0, _x_log_x(h)))
     total = below[-1]
+    longest = -(-bins // groups)
+    shared = longest * bins < groups * (bins - groups)
+    if shared:  # groups by their length and first bin
+        firsts = np.arange(bins)
+        lasts = np.minimum(firsts + np.arange(longest + 1)[:, None], bins)
+        known, known_logarithms = _terms(below[lasts] - below[firsts], filled[lasts] - filled[firsts])
     found = []
-    for start in range(groups, len(h) + 1, _BLOCK):
-        ends = np.arange(start, min(start + _BLOCK, len(h) + 1))
+    for start in range(groups, bins + 1, _BLOCK):
+        ends = np.arange(start, min(start + _BLOCK, bins + 1))
         borders = np.arange(groups + 1) * ends[:, None] // groups
-        inside, bins = np.diff(below[borders], axis=1), np.diff(filled[borders], axis=1)
-        level = np.divide(inside, bins, out=np.zeros_like(inside), where=bins > 0)
-        logarithm = np.log(level, out=np.zeros_like(level), where=level > 0)
+        if shared:
+            which = np.diff(borders, axis=1)
+            which *= bins
+            which += borders[:, :-1]
+            terms, logarithm = known.take(which, mode="clip"), known_logarithms.take(which[:, -1])
+        else:
+            terms, logarithms = _terms(np.diff(below[borders], axis=1), np.diff(filled[borders], axis=1))
+            logarithm = logarithms[:, -1]
         last, beyond = h[ends - 1], total - below[ends]
         of_p = entropy[ends - 1] + _x_log_x(last + beyond)
-        of_q = (inside * logarithm).sum(1) + beyond * logarithm[:, -1]
+        of_q = terms.sum(1) + beyond * logarithm
         with np.errstate(divide="ignore"):
             sums = np.log(below[ends] / total)
         found.append(np.where((last == 0) & (beyond > 0), np.inf, (of_p - of_q) / total + sums))
     return np.concatenate(found)
+
+
+def _terms(inside: NDArray[np.float64], bins: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+    """Return ``S ln(S / E)`` and ``ln(S / E)`` of groups of S values in E bins that are not empty."""
+    level = np.divide(inside, bins, out=np.zeros_like(inside), where=bins > 0)
+    logarithm = np.log(level, out=np.zeros_like(level), where=level > 0)
+    return inside * logarithm, logarithm
 
 
 def _x_log_x(x: NDArray[np.float64]) -> NDArray[np.float64]:

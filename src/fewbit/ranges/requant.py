@@ -23,6 +23,7 @@ from fewbit.ranges.grid_search import (
 )
 from fewbit.ranges.histogram import DEFAULT_BINS, Histogram, check_bins
 from fewbit.ranges.minmax import MinMax
+from fewbit.ranges.power_grid import EXPONENTS, PowerGrids, find_power_grids
 from fewbit.ranges.range_finder import Range
 from fewbit.spec import Frozen, QuantSpec
 
@@ -46,12 +47,14 @@ class REQuant(Frozen):
         arXiv 2510.04044; alternation: S. P. Lloyd, Least squares quantization in PCM, 1982, for a uniform
         grid.
     Differs: per channel and for activations too (a histogram in closed form); asymmetric ranges keep the
-        ratio of their ends; guarded by a grid, for the error has more than one valley. The paper's
-        transformed weight space gives no uniform grid and so no range; `fewbit.ranges.power_grid` has it.
+        ratio of their ends; guarded by a grid, for the error has more than one valley; powers of two are
+        not alternated. The paper's transformed weight space is that of weights with grid = "power", whose
+        exponent is searched together with the factor (`fewbit.ranges.power_grid`).
 
     Attributes:
         refine: The local solver: "golden" or "alternation".
         steps: Factors of the guarding grid.
+        exponents: Of power grids, to choose from; each above 0 and at most 1.
         bins: Histogram bins on each side of zero: a power of two, 1024 to 16384.
 
     >>> finder = REQuant().start()
@@ -63,6 +66,7 @@ class REQuant(Frozen):
 
     refine: Literal["golden", "alternation"] = "golden"
     steps: int = Field(40, ge=10, le=1000)
+    exponents: tuple[float, ...] = EXPONENTS
     bins: int = Field(DEFAULT_BINS, ge=1024, le=16384)
 
     _bins = field_validator("bins")(check_bins)
@@ -80,12 +84,16 @@ class REQuant(Frozen):
         low, high = MinMax().of_weights(rows, spec)
         error = error_of_rows(rows, low, high, spec, "requant")
         factor = self.best(error, len(rows))
-        if self.refine == "alternation":
+        if self.refine == "alternation" and not spec.power_of_two:
             start = factor
             factor = _alternate_rows(rows, low, high, factor, spec)
             better = error(factor[None], factor[None])[0] <= error(start[None], start[None])[0]
             factor = np.where(better, factor, start)  # float32 may round a tie the other way
         return low * low.new_tensor(factor), high * high.new_tensor(factor)
+
+    def power_grids(self, rows: torch.Tensor, spec: QuantSpec) -> PowerGrids:
+        """Return the power grid of each row of weights (R, K); raises as `find_power_grids`."""
+        return find_power_grids(rows, spec, self.exponents, self.steps)
 
     def best(self, error: Error, rows: int) -> Floats:
         """Return the factor (rows,) of least error before any alternation."""
@@ -115,11 +123,11 @@ class REQuantFinder:
         seen = observed(self.histogram, spec, "requant")
         if seen.low == seen.high:
             return seen.range(seen.low, seen.high)
-        error = SquaredError(seen.density, seen.levels)
+        error = SquaredError(seen.density, seen.levels, spec.power_of_two)
         factor = float(
             self.method.best(lambda a, b: error.of(seen.low * a[:, 0], seen.high * b[:, 0])[:, None], 1)[0]
         )
-        if self.method.refine == "alternation":
+        if self.method.refine == "alternation" and not spec.power_of_two:
             factor = _alternate(error, seen, factor)
         return seen.range(seen.low * factor, seen.high * factor)
 

@@ -38,18 +38,28 @@ def find_weight_range(
     >>> find_weight_range(torch.tensor([[0.5, -1.0], [2.0, 0.0]]), QuantSpec(granularity="channel"))
     Range(low=(-1.0, 0.0), high=(0.5, 2.0))
     """
+    rows = weight_rows(weight, spec, axis, name)
+    chosen: RangeMethod = registry.find("ranges", method)() if isinstance(method, str) else method
+    signed = spec.model_copy(update={"signed": True}) if spec.symmetric else spec
+    low, high = ((end + 0.0).tolist() for end in chosen.of_weights(rows, signed))  # + 0.0: no negative zeros
+    if spec.granularity == "channel":
+        return Range(low=tuple(low), high=tuple(high))
+    return Range(low=low[0], high=high[0])
+
+
+def weight_rows(weight: torch.Tensor, spec: QuantSpec, axis: int = 0, name: str = "weight") -> torch.Tensor:
+    """Return a weight tensor as float32 rows (R, K), one row for each grid of the spec.
+
+    Arguments and errors are those of `find_weight_range`.
+
+    >>> weight_rows(torch.zeros(2, 3, 1, 1), QuantSpec(granularity="channel")).shape
+    torch.Size([2, 3])
+    """
     if not -weight.dim() <= axis < weight.dim() or weight.numel() == 0:
         raise RecipeError(
             f"{name}: shape {tuple(weight.shape)} has no weights along axis {axis}; "
             "give the axis of the output channels"
         )
-    chosen: RangeMethod = registry.find("ranges", method)() if isinstance(method, str) else method
-    per_channel = spec.granularity == "channel"
     weight = weight.detach().to(torch.float32)
     extremes(weight, name)
-    rows = weight.movedim(axis, 0).reshape(weight.shape[axis] if per_channel else 1, -1)
-    signed = spec.model_copy(update={"signed": True}) if spec.symmetric else spec
-    low, high = ((end + 0.0).tolist() for end in chosen.of_weights(rows, signed))  # + 0.0: no negative zeros
-    if per_channel:
-        return Range(low=tuple(low), high=tuple(high))
-    return Range(low=low[0], high=high[0])
+    return weight.movedim(axis, 0).reshape(weight.shape[axis] if spec.granularity == "channel" else 1, -1)

@@ -31,6 +31,12 @@ def test_asymmetric_example(bits, scale, zero_point, codes, values):
     assert numerics.dequantize(q, s, z) == pytest.approx(values, abs=1e-6)
 
 
+@pytest.mark.parametrize(("bits", "unrounded"), [(8, 63.75), (4, 3.75)])
+def test_zero_point_before_rounding(bits, unrounded):
+    s, z = numerics.affine_parameters(-1, 3, 0, 2**bits - 1)
+    assert 1 / float(s) == pytest.approx(unrounded, rel=1e-6) and z == round(unrounded)
+
+
 def test_nudged_range():
     s, z = numerics.affine_parameters(-1, 3, 0, 255)
     ends = numerics.dequantize(np.array([0, 255], np.uint8), s, z)
@@ -249,6 +255,31 @@ def test_noise_of_a_uniform_signal(bits, decibels):
     error = x - numerics.dequantize(numerics.quantize(x, s, 0, -qmax, qmax), s, 0)
     assert 10 * np.log10((x**2).sum() / (error**2).sum()) == pytest.approx(decibels, abs=0.03)
     assert (error**2).mean() == pytest.approx(float(s) ** 2 / 12, rel=0.01)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_six_decibels_a_bit(bits):
+    # All 2^b levels of a full-scale uniform signal, each in the middle of its cell.
+    x = np.random.default_rng(0).uniform(0, 1, 400_000)
+    levels = 2**bits
+    error = x - (np.floor(x * levels) + 0.5) / levels
+    found = 10 * np.log10(((x - 0.5) ** 2).sum() / (error**2).sum())
+    assert found == pytest.approx(6.0206 * bits, abs=0.02)
+    s, z = numerics.affine_parameters(-0.5, 0.5 - 1 / levels, 0, levels - 1)
+    codes = numerics.quantize(np.floor(x * levels) / levels - 0.5, s, z, 0, levels - 1)
+    assert (codes == np.floor(x * levels)).all()
+
+
+def test_rounding_up_to_a_power_of_two():
+    scales = [1.0, 1.0000001, 1.1, 2 - 1e-9, 2.0, 3e-5, 0.3 / 7 * 7 / 0.3]
+    assert numerics.round_up_to_power_of_two(scales).tolist() == [1, 1, 2, 2, 2, 2**-15, 1]
+    for exponent in range(-40, 20):
+        power = 2.0**exponent
+        assert numerics.round_up_to_power_of_two(np.float32(power * 7) / np.float64(7)) == power
+        assert numerics.round_up_to_power_of_two(power * 1.0001) == 2 * power
+    s, z = numerics.affine_parameters([-1, 0, -3], [3, 0, 0], 0, 15, power_of_two=True)
+    assert s.tolist() == [0.5, 1, 0.25] and z.tolist() == [2, 0, 12] and s.dtype == np.float32
+    assert numerics.symmetric_scale([-1, 0], [3, 0.1], 7, power_of_two=True).tolist() == [0.5, 0.015625]
 
 
 @calm

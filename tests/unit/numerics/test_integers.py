@@ -150,6 +150,11 @@ def test_residual_add_example():
     wide = numerics.add_codes([110, 0, 255], [43, 0, 255], *grids, -1000, 1000)
     assert wide.tolist() == [72, -1, 297]  # 71.667, -0.833
     assert numerics.add_codes([110, 0, 255], [43, 0, 255], *grids, 0, 255).tolist() == [72, 0, 255]
+    # Between: both inputs at the scale T / 2^20, with T = 2 max(S1, S2) = 0.1.
+    for code, grid in ((110, grids[0]), (43, grids[1])):
+        m, n = numerics.quantized_multiplier(grid.scale / 0.1)
+        shifted = (code - grid.zero_point) << 20
+        assert numerics.multiply_by_quantized_multiplier(shifted, m, n) == 20971520
 
 
 @calm

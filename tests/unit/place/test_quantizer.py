@@ -58,6 +58,17 @@ def test_gradient_passes_inside_the_range_only() -> None:
     assert x.grad is not None and x.grad.tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 6.0), (-1.0, 1.0), (-np.inf, 0.3), (0.0, np.inf)])
+def test_clamping_codes_to_the_limits_of_a_clip_is_clipping(low: float, high: float, bits: int) -> None:
+    x = torch.cat((torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 4, torch.zeros(1)))
+    for symmetric in (False, True):
+        quantizer = made(-2.5, 7.0, QuantSpec(bits=bits, symmetric=symmetric, signed=symmetric))
+        limits = quantizer.limits(low, high)
+        assert torch.equal(quantizer.codes(x.clamp(low, high)), quantizer.codes(x).clamp(*limits))
+        assert quantizer.limits() == (quantizer.qmin, quantizer.qmax)
+
+
 def test_off_it_passes_its_input_through() -> None:
     quantizer = made(0, 1)
     quantizer.enabled = False

@@ -63,6 +63,15 @@ def test_worked_vector_by_min_max():
     assert error_of(WORKED, -1, 1, symmetric(8)) == pytest.approx(5.40e-6, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("bits", "mse"), [(2, 0.824395), (3, 0.133693), (4, 0.0241422), (6, 0.00124953), (8, 7.6585e-5)]
+)
+def test_worked_gaussian_by_min_max(bits, mse):
+    reach = float(np.abs(GAUSS).max())
+    assert reach == pytest.approx(3.80166, abs=5e-6)
+    assert error_of(GAUSS, -reach, reach, symmetric(bits)) == pytest.approx(mse, rel=1e-5)
+
+
 @pytest.mark.parametrize("find", [from_histogram, from_weights])
 @pytest.mark.parametrize(
     ("bits", "ratio", "mse"),

@@ -1,5 +1,7 @@
 """One clipping factor by golden section or alternation."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from fewbit.errors import RecipeError
 from fewbit.ranges import find_weight_range
-from fewbit.ranges.grid_search import SquaredError
+from fewbit.ranges.grid_search import SquaredError, best_factor
 from fewbit.ranges.requant import REQuant
 from fewbit.spec import QuantSpec
 
@@ -71,6 +73,18 @@ def test_worked_gaussian(find, bits, alpha, error, refine):
     )
     # Alternation ends in the nearest of several valleys; at 8 bits they are a hundredth apart.
     assert high / REACH == pytest.approx(alpha, abs=2e-3 if refine == "golden" else 0.012)
+
+
+def test_golden_section_evaluates_once_a_narrowing():
+    evaluated = []
+
+    def score(factors):
+        evaluated.append(len(factors))
+        return np.abs(factors - 0.7)
+
+    narrowings = math.ceil(math.log(1e-3 / 0.95) / math.log((5**0.5 - 1) / 2))  # from 0.95 wide to 0.001
+    best, _ = best_factor(score, 1, 10, narrowings)
+    assert evaluated == [10, *17 * [1]] and best[0] == pytest.approx(0.7, abs=1e-3)
 
 
 def test_valleys_of_the_worked_gaussian():
