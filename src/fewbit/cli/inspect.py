@@ -1,109 +1,213 @@
-"""`fewbit inspect`: layers, ranges, noise, and what runs in integers."""
+"""`fewbit inspect`: layers, noise, what runs in integers, and what to do about it."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from fewbit.cli.options import card_options, find_card, json_option, print_json, take_card_facts
-from fewbit.cli.progress import step_progress
+from fewbit.cli.options import COUNT, card_options, find_card, json_option, print_json, take_card_facts
+from fewbit.cli.progress import Tell, step_progress
 
-_IMAGES = 64
+if TYPE_CHECKING:
+    from fewbit.data.image_set import ImageSet
+    from fewbit.doctor.records import CalibrationStudy, Diagnosis
+    from fewbit.engines.session import Placement
+    from fewbit.load.card import Card
+    from fewbit.net import Net
+    from fewbit.recipe import Recipe
+
+_STUDIED = 1024
 
 
 @click.command()
 @click.argument("card", metavar="CARD")
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="Labelled images: adds ranges, noise and placement."
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Labelled images: adds noise, causes, remedies and placement.",
 )
 @click.option("--recipe", default="int8", show_default=True)
 @click.option(
     "--engine", type=click.Choice(["onnxruntime", "openvino"]), default="onnxruntime", show_default=True
 )
+@click.option("--calibration-images", type=COUNT, default=64, show_default=True)
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Write a page with histograms.")
+@click.option(
+    "--repair", type=click.Path(path_type=Path), help="Write the recipe with the remedies that help (.toml)."
+)
+@click.option(
+    "--study",
+    type=COUNT,
+    metavar="SEEDS",
+    help="Accuracy against 1 to 1024 calibrating images, for so many seeds.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @card_options
 @json_option
 def inspect(card: str, data: Path | None, recipe: str, engine: str, seed: int, **options: Any) -> int:
-    """Show every layer; with images also its range, its noise and whether the engine runs it in integers."""
+    """Show every layer; with images also name what costs accuracy, and try remedies."""
     from fewbit.load.capture import load
+    from fewbit.recipe import read_recipe
     from fewbit.sensitivity.sqnr import layer_records
 
     given = find_card(card, take_card_facts(options))
+    _check_options(data, options)
+    chosen = read_recipe(recipe)
     net = load(given)
-    placement = None
+    if data is None:
+        return _show_weights(given, layer_records(net, net, ()), options["as_json"])
     with step_progress("inspect", options["as_json"]) as tell:
-        if data is None:
-            records = layer_records(net, net, ())
-        else:
-            records, placement = _quantized(given, net, data, recipe, engine, seed, tell)
+        found = _examine(given, net, data, chosen, engine, seed, options, tell)
+    if options["page"] is not None:
+        from fewbit.report.doctor import write_diagnosis
+
+        write_diagnosis(found, options["page"], _command(card, data, recipe, engine, seed, options))
+    repaired = _write_repaired(found, options["repair"])
     if options["as_json"]:
-        print_json(
-            {
-                "network": given.network.name,
-                "layers": [r.model_dump(mode="json") for r in records],
-                "placement": None if placement is None else placement.model_dump(mode="json"),
-            }
-        )
+        print_json(_answer(found))
         return 0
-    _print(records, placement)
+    from fewbit.cli.diagnosis import print_diagnosis
+
+    print_diagnosis(found)
+    for path in (repaired, options["page"]):
+        if path is not None:
+            click.echo(f"written: {path}")
     return 0
 
 
-def _quantized(
-    given: Any, net: Any, data: Path, recipe: str, engine: Any, seed: int, tell: Any
-) -> tuple[Any, Any]:
-    import torch
+def _answer(found: Diagnosis) -> dict[str, Any]:
+    """Return a diagnosis as plain data, with what else it tells."""
+    answer = found.model_dump(mode="json")
+    if found.study is not None:
+        answer["study"] |= {"enough": found.study.enough(), "noise": found.study.noise}
+    return answer
+
+
+def _check_options(data: Path | None, options: dict[str, Any]) -> None:
+    from fewbit.errors import InputError
+
+    for name in ("html", "repair", "study"):
+        if data is None and options["page" if name == "html" else name] is not None:
+            raise InputError(f"--{name} needs images to measure with; give --data")
+    for name, suffix in (("repair", ".toml"), ("page", ".html")):
+        path = options[name]
+        if path is not None and path.suffix != suffix:
+            option = "html" if name == "page" else name
+            raise InputError(f"--{option} names '{path}'; give a {suffix} file")
+
+
+def _show_weights(given: Card, records: Any, as_json: bool) -> int:
+    if as_json:
+        layers = [record.model_dump(mode="json") for record in records]
+        print_json({"network": given.network.name, "layers": layers, "placement": None})
+        return 0
+    from fewbit.cli.diagnosis import print_layers
+
+    print_layers(records)
+    click.echo("give --data to see what rounding costs each layer, why, and what helps")
+    return 0
+
+
+def _examine(
+    given: Card,
+    net: Net,
+    data: Path,
+    recipe: Recipe,
+    engine: str,
+    seed: int,
+    options: dict[str, Any],
+    tell: Tell,
+) -> Diagnosis:
+    import numpy as np
 
     from fewbit.data.image_set import ImageSet
     from fewbit.data.images import open_images
     from fewbit.data.sample import choose_balanced
+    from fewbit.doctor.diagnose import Images, diagnose, images_to_judge
+    from fewbit.doctor.sample import Sample
+    from fewbit.errors import DataError
+
+    source = open_images(data, given.labels_path, False, given.network.classes)
+    judging, calibrating = images_to_judge(given.input.size), options["calibration_images"]
+    wanted = judging + (max(calibrating, _STUDIED) if options["study"] else calibrating)
+    chosen = choose_balanced(source.targets, min(wanted, len(source)), seed)
+    with ImageSet(source, given.input, given.network.classes, indices=chosen) as images:
+        if len(images) < 2:
+            raise DataError(f"{data}: has 1 image that can be decoded; give two or more")
+        judging = min(judging, len(images) - min(calibrating, len(images) // 2))
+        places = np.arange(len(images))
+        seen = Images(
+            calibration=Sample.of_set(images.subset(places[judging:][:calibrating])),
+            judging=Sample.of_set(images.subset(places[:judging])),
+        )
+        expected = given.expected
+        found = diagnose(
+            net,
+            recipe,
+            seen,
+            section=given.input,
+            expected=None if expected is None else expected.top1_correct / expected.images,
+            engine=engine,
+            seed=seed,
+            advance=tell,
+        )
+        update: dict[str, Any] = {
+            "placement": _placement(net, recipe, images.subset(places[judging:]), engine, seed, tell)
+        }
+        if options["study"]:
+            pool = Sample.of_set(images.subset(places[judging:]))
+            update["study"] = _study(net, recipe, pool, seen.judging, engine, seed, options["study"], tell)
+    return found.model_copy(update=update)
+
+
+def _study(
+    net: Net, recipe: Recipe, pool: Any, judging: Any, engine: str, seed: int, seeds: int, tell: Tell
+) -> CalibrationStudy:
+    from fewbit.doctor.calibration_study import study_calibration
+
+    chosen = range(seed, seed + seeds)
+    return study_calibration(net, recipe, pool, judging, seeds=chosen, engine=engine, advance=tell)
+
+
+def _placement(net: Net, recipe: Recipe, images: ImageSet, engine: Any, seed: int, tell: Tell) -> Placement:
+    """Ask the engine which operators it runs in integers."""
+    import numpy as np
+
     from fewbit.engines.process import EngineProcess
     from fewbit.engines.session import Setting
     from fewbit.export.onnx_out import export_onnx
     from fewbit.place.targets import target
-    from fewbit.recipe import image_context, read_recipe, run_recipe
-    from fewbit.sensitivity.sqnr import layer_records
+    from fewbit.recipe import image_context, run_recipe
 
-    source = open_images(data, given.labels_path, False, given.network.classes)
-    chosen = choose_balanced(source.targets, min(_IMAGES, len(source)), seed)
-    with ImageSet(source, given.input, given.network.classes, indices=chosen) as images:
-        made, _ = run_recipe(read_recipe(recipe), net, image_context(images, engine, seed, tell))
-        tell("noise", 0.5)
-        records = layer_records(net, made, (torch.from_numpy(batch) for batch in images.batches(8)))
+    few = images.subset(np.arange(min(8, len(images))))
+    made, _ = run_recipe(recipe, net, image_context(few, engine, seed))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inspected.onnx"
-        export_onnx(made, path, target(engine))
-        tell(f"placement on {engine}", 0.9)
+        export_onnx(made, path, target(engine) if recipe.places else None)
+        tell(f"placement on {engine}", 0.95)
         with EngineProcess(engine) as process:
-            placement = process.open(path, Setting(engine=engine)).placement()
-    return records, placement
+            return process.open(path, Setting(engine=engine)).placement()
 
 
-def _print(records: Any, placement: Any) -> None:
-    console = Console()
-    table = Table("layer", "kind", "precision", "SQNR dB", "range", "weight channel max / min")
-    for r in records:
-        span = "" if r.low is None else f"{r.low:.3g} to {r.high:.3g}"
-        ratio = "" if r.weight_range_ratio is None else f"{r.weight_range_ratio:.3g}"
-        table.add_row(
-            r.name, r.kind, r.precision, "" if r.sqnr_db is None else f"{r.sqnr_db:.1f}", span, ratio
-        )
-    console.print(table)
-    if placement is None:
-        return
-    console.print(
-        f"{placement.engine}: {placement.integer_operators} operators in integers, "
-        f"{placement.float_operators} in float",
-        highlight=False,
-        markup=False,
-    )
-    for operator in placement.operators:
-        if operator.precision != "int8" and operator.matrix:
-            console.print(
-                f"in float: {operator.name} ({operator.kind}) {operator.why}", highlight=False, markup=False
-            )
+def _write_repaired(found: Diagnosis, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    if not found.repaired:
+        click.echo(f"{path} was not written: no remedy that was tried helps", err=True)
+        return None
+    from fewbit.files import write_text
+
+    write_text(path, found.repaired)
+    return path
+
+
+def _command(card: str, data: Path, recipe: str, engine: str, seed: int, options: dict[str, Any]) -> str:
+    import shlex
+
+    words = ["fewbit", "inspect", card, "--data", str(data), "--recipe", recipe, "--engine", engine]
+    words += ["--calibration-images", str(options["calibration_images"]), "--seed", str(seed)]
+    words += ["--study", str(options["study"])] if options["study"] else []
+    return shlex.join([*words, "--html", str(options["page"])])

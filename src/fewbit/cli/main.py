@@ -28,6 +28,12 @@ COMMANDS: dict[str, str] = {
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 USAGE, NOTHING_FOUND, ENGINE_FAILED, STOPPED = 2, 3, 4, 130
+_RESUMED = "what was measured is kept: the same command with --resume goes on"
+_LEFT = {
+    "search": _RESUMED,
+    "demo": _RESUMED,
+    "quantize": "no file was written; the layers that were learned are kept: the same command goes on",
+}
 
 
 class _Lazy(click.Group):
@@ -85,13 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     except click.exceptions.Exit as end:
         return end.exit_code
     except (click.Abort, KeyboardInterrupt):
-        kept = given[:1] in (["search"], ["demo"])
-        what = (
-            "what was measured is kept: the same command with --resume goes on"
-            if kept
-            else "nothing was written"
-        )
-        return _say(f"stopped; {what}", STOPPED)
+        return _say(f"stopped; {_LEFT.get(' '.join(given[:1]), 'nothing was written')}", STOPPED)
     except click.UsageError as reason:
         where = f"{reason.ctx.command_path}: " if reason.ctx else "fewbit: "
         return _say(f"{where}{_one_line(reason.format_message())} (see {where[:-2]} --help)", USAGE)

@@ -99,6 +99,7 @@ def find_card(source: str, facts: dict[str, Any]) -> Card:
 
     Raises:
         CardError: The card or an option is wrong, or options come beside a card.
+        ModelFileError: The source is a file that is quantized already.
     """
     given = {key: value for key, value in facts.items() if value is not None}
     if source.endswith(".toml"):
@@ -108,6 +109,10 @@ def find_card(source: str, facts: dict[str, Any]) -> Card:
                 "write the fact into the card"
             )
         return read_card(source)
+    if source.endswith(".onnx"):
+        from fewbit.load.exported import refuse_quantized  # onnx takes long to import
+
+        refuse_quantized(Path(source))
     return card_from_options(source, **given)
 
 

@@ -10,15 +10,15 @@ from fewbit.load.card import Card
 from fewbit.recipe import Recipe
 
 
-def describe_export(card: Card, recipe: Recipe, engine: str, images: ImageSet) -> dict[str, str]:
+def describe_export(card: Card, recipe: Recipe, engine: str, images: ImageSet | None) -> dict[str, str]:
     """Return the metadata to put into an exported file, so that it can be evaluated without its card.
 
     Args:
         card: Of the network.
         recipe: How it was made.
         engine: What it was made for.
-        images: The calibration images; those that the recipe used are named, for they must not evaluate the
-            file. Of their source only the name is kept, not the folder.
+        images: The calibration images, none where there are none; those that the recipe used are named, for
+            they must not evaluate the file. Of their source only the name is kept, not the folder.
     """
     labels = None if card.labels_path is None else read_labels(card.labels_path, card.network.classes)
     facts = {
@@ -26,7 +26,7 @@ def describe_export(card: Card, recipe: Recipe, engine: str, images: ImageSet) -
         "classes": card.network.classes,
         "input": card.input.model_dump(mode="json"),
         "labels": labels,
-        "calibration_images": sorted(set(images.hashes)) if recipe.uses_images else [],
+        "calibration_images": sorted(set(images.hashes)) if images is not None and recipe.uses_images else [],
     }
     return {
         "card": json.dumps(facts, sort_keys=True, separators=(",", ":")),

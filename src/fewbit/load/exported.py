@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import onnx
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from fewbit.errors import ModelFileError
 from fewbit.load.card import Card, InputSection, NetworkSection
+from fewbit.load.onnx_file import QUANTIZED, name_of
 from fewbit.spec import Frozen, explain
 
 
@@ -61,3 +63,41 @@ def read_exported(path: Path) -> Exported | None:
         raise ModelFileError(
             f"{path}: its fewbit metadata is damaged or of another version of fewbit ({why}); export it again"
         ) from reason
+
+
+def refuse_quantized(path: Path) -> None:
+    """Refuse a file that is quantized already, where a float network is wanted.
+
+    A file that is missing or cannot be read passes: whoever loads it says so.
+
+    Raises:
+        ModelFileError: It is; the message says by whom, as far as the file tells.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError, ValueError):
+        return
+    found = next((node for node in model.graph.node if node.op_type in QUANTIZED), None)
+    if found is None:
+        return
+    known = {entry.key: entry.value for entry in model.metadata_props}
+    if "fewbit.card" not in known:
+        raise ModelFileError(
+            f"{path}: is quantized already (operator {found.op_type}, node '{name_of(found)}'); give the "
+            "float32 file that it was made from; with --card, `fewbit eval` and `fewbit bench` run it "
+            "as it is"
+        )
+    raise ModelFileError(
+        f"{path}: is quantized already, by fewbit{_told(known)}; give the card or the float32 file that it "
+        "was made from; `fewbit eval` and `fewbit bench` run it as it is"
+    )
+
+
+def _told(known: dict[str, str]) -> str:
+    """Say with which recipe and for which engine, as far as the metadata tells."""
+    try:
+        recipe = tomllib.loads(known.get("fewbit.recipe", "")).get("name")
+    except tomllib.TOMLDecodeError:
+        recipe = None
+    engine = known.get("fewbit.engine")
+    return (f" with recipe '{recipe}'" if recipe else "") + (f" for {engine}" if engine else "")

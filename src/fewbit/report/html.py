@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jinja2
-from plotly.offline import get_plotlyjs
 
 import fewbit
 from fewbit.files import write_text
 from fewbit.measure.host import Host
-from fewbit.report import marks, plots, tables, words
+from fewbit.report import plots, tables, words
+from fewbit.report.page import render_page
 from fewbit.report.summary import (
     accuracy_budget,
     answer_trial,
@@ -26,8 +21,6 @@ from fewbit.report.summary import (
     verdict,
 )
 from fewbit.search.trial import StudyRecord, Trial
-
-_HERE = Path(__file__).parent
 
 
 class Fact(NamedTuple):
@@ -70,22 +63,14 @@ def write_report(study: StudyRecord, path: Path) -> None:
 
 
 def render(study: StudyRecord) -> str:
-    """Return the report as one HTML document.
-
-    Every text of the study is escaped. The page's policy lets only its own two scripts run, by their
-    digests, and forbids every request.
-    """
-    plotly, script = get_plotlyjs(), _read("page.js")
+    """Return the report as one HTML document; every text of the study is escaped."""
     word, text = verdict(study)
     speed, size = plots.accuracy_against(study, "speed"), plots.accuracy_against(study, "bytes")
     networks = sorted({trial.network for trial in study.trials})
-    return _template().render(
+    return render_page(
+        "page.html",
         title=f"fewbit: {', '.join(networks)}",
         subtitle=f"search for {_objective(study)} in {', '.join(networks)}" if networks else "",
-        policy=_policy([plotly, script]),
-        style=_read("style.css"),
-        plotly=plotly,
-        script=script,
         verdict=word,
         verdict_text=text,
         sentence=sentence(study),
@@ -107,29 +92,6 @@ def render(study: StudyRecord) -> str:
         how=_how(study),
         version=study.versions.get("fewbit", fewbit.__version__),
     )
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["key"] = marks.key
-    return environment.get_template("page.html")
-
-
-def _read(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
-
-
-def _policy(scripts: Iterable[str]) -> str:
-    digests = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    closed = "default-src 'none'; base-uri 'none'; form-action 'none'"
-    return f"{closed}; style-src 'unsafe-inline'; script-src {allowed}"
 
 
 def _objective(study: StudyRecord) -> str:

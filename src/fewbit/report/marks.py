@@ -76,8 +76,22 @@ def whisker_range(checks: list[BudgetCheck]) -> tuple[float, float]:
     return min(ends) - room, max(ends) + room
 
 
-def spark(histogram: Histogram | None, css: str, width: int = 72, height: int = 22) -> Markup:
-    """Draw a histogram in a table's cell; heights are logarithmic, so that tails show."""
+def spark(
+    histogram: Histogram | None,
+    css: str,
+    width: int = 72,
+    height: int = 22,
+    ends: tuple[float, float] | None = None,
+) -> Markup:
+    """Draw a histogram in a table's cell; heights are logarithmic, so that tails show.
+
+    Args:
+        histogram: What to draw; none draws nothing.
+        css: Class of its area.
+        width: In pixels.
+        height: In pixels.
+        ends: Of the grid, marked where they lie within the histogram.
+    """
     if histogram is None or not any(histogram.counts):
         return Markup("")
     counts, _ = merge(histogram.counts, width // 2)
@@ -88,14 +102,27 @@ def spark(histogram: Histogram | None, css: str, width: int = 72, height: int = 
         path += f"V{top:g}H{round((index + 1) * step, 1):g}"
     return Markup(
         '<svg class="mark" width="{w}" height="{h}" viewBox="0 0 {w} {h}" role="img" aria-label="{label}">'
-        '<path class="area {css}" d="{path}V{h}Z"/></svg>'
+        '<path class="area {css}" d="{path}V{h}Z"/>{ends}</svg>'
     ).format(
         w=width,
         h=height,
         css=css,
         path=path,
-        label=f"histogram from {histogram.low:.3g} to {histogram.high:.3g}",
+        label=f"histogram from {histogram.low:.3g} to {histogram.high:.3g}{_said(ends)}",
+        ends=_end_marks(histogram, ends or (), width, height),
     )
+
+
+def _said(ends: tuple[float, float] | None) -> str:
+    return f", grid from {ends[0]:.3g} to {ends[1]:.3g}" if ends else ""
+
+
+def _end_marks(histogram: Histogram, ends: tuple[float, ...], width: int, height: int) -> Markup:
+    """Draw a line at each end of a grid, at the edge where it lies outside."""
+    span = histogram.high - histogram.low
+    places = [min(max((end - histogram.low) / span, 0.0), 1.0) for end in ends]
+    line = Markup('<line class="end" x1="{x}" x2="{x}" y1="0" y2="{h}"/>')
+    return Markup("").join(line.format(x=round(width * place, 1), h=height) for place in places)
 
 
 def merge(counts: tuple[int, ...], most: int) -> tuple[list[int], int]:

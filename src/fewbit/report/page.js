@@ -55,15 +55,16 @@
       text, showarrow: false, xref: "paper", x: 0, xanchor: "left", align: "left",
       yref: `y${index} domain`, y: 1, yanchor: "bottom", yshift: 6,
     });
-    const ends = "output, count; dashed: ends of its grid";
+    const dashed = (what, ends) => (ends ? `${what}, count; dashed: ends of its grid` : `${what}, count`);
     figure.layout.annotations = [
-      title("", pick.weights ? "weights, count" : "no weights"),
-      title("2", !pick.activations ? "output not recorded" : pick.ends ? ends : "output, count"),
+      title("", pick.weights ? dashed("weights", pick.weight_ends) : "no weights"),
+      title("2", pick.activations ? dashed("output", pick.ends) : "output not recorded"),
     ];
-    figure.layout.shapes = (pick.ends || []).map((x) => ({
-      type: "line", xref: "x2", yref: "y2 domain", x0: x, x1: x, y0: 0, y1: 1,
+    const lines = (axis, ends) => (ends || []).map((x) => ({
+      type: "line", xref: `x${axis}`, yref: `y${axis} domain`, x0: x, x1: x, y0: 0, y1: 1,
       line: { color: figure.layout.font.color, width: 1.5, dash: "dash" },
     }));
+    figure.layout.shapes = [...lines("", pick.weight_ends), ...lines("2", pick.ends)];
   };
   const choose = (row) => {
     for (const button of $$("button.layer", panel)) {
@@ -78,10 +79,11 @@
   const showPanel = (name) => {
     panel.replaceChildren($(`#panel-${name}`).content.cloneNode(true));
     const aside = $(".layers aside");
-    const first = $(".layer-table tbody tr", panel);
+    const first = $(".layer-table tbody tr[data-shown]", panel) || $(".layer-table tbody tr", panel);
     aside.hidden = !first;
     $(".layers").style.display = first ? "" : "block";
     if (first) choose(first);
+    if (first && first.dataset.shown) $(".layer-table", panel).scrollTop = first.offsetTop - 80;
   };
 
   // Tables: sorted by the data-sort value of a column's cells, empty ones last.
@@ -122,6 +124,11 @@
 
   // From a point of a figure to its row.
   const reveal = (key) => {
+    const layer = $$(".layer-table tbody tr").find((one) => one.dataset.key === key);
+    if (layer) {
+      choose(layer);
+      return layer.scrollIntoView({ block: "center", behavior: reduced.matches ? "auto" : "smooth" });
+    }
     const row = $$("#trials tbody tr").find((one) => one.dataset.key === key);
     if (!row) return;
     if (row.hidden) {

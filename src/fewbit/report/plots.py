@@ -131,15 +131,15 @@ def histograms() -> Figure:
             yaxis=f"y{axis}",
             showlegend=False,
         )
-    log = {**_AXIS, "type": "log", "tickformat": "~s", "dtick": 1, "rangemode": "tozero"}
+    log = {**AXIS, "type": "log", "tickformat": "~s", "dtick": 1, "rangemode": "tozero"}
     figure.update_layout(
-        **_LOOK,
+        **LOOK,
         height=400,
         margin={"l": 44, "r": 8, "t": 28, "b": 36},
         bargap=0,
         grid={"rows": 2, "columns": 1, "pattern": "independent", "ygap": 0.42},
-        xaxis=_AXIS,
-        xaxis2=_AXIS,
+        xaxis=AXIS,
+        xaxis2=AXIS,
         yaxis=log,
         yaxis2=log,
     )
@@ -178,14 +178,14 @@ def facts(trial: Trial) -> Iterator[str]:
         yield f"{trial.state}: {trial.reason}"
 
 
-_AXIS = {
+AXIS = {
     "gridcolor": "var(--grid)",
     "linecolor": "var(--line)",
     "zeroline": False,
     "automargin": True,
     "title": {"standoff": 10},
 }
-_LOOK = {
+LOOK = {
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
     "font": {"family": "var(--sans)", "size": 13, "color": "var(--ink-2)"},
@@ -202,7 +202,7 @@ _LOOK = {
 def _layout(study: StudyRecord, axis: _Axis, shown: Sequence[Trial]) -> go.Layout:
     values = [value for trial in shown if (value := axis.value(trial)) is not None]
     horizontal: dict[str, object] = {
-        **_AXIS,
+        **AXIS,
         "title": {"text": axis.title, "standoff": 10, "font": {"size": 13}},
     }
     if min(values) > 0 and max(values) / min(values) > WIDE:
@@ -211,13 +211,13 @@ def _layout(study: StudyRecord, axis: _Axis, shown: Sequence[Trial]) -> go.Layou
     else:
         horizontal |= axis.linear
     return go.Layout(
-        **_LOOK,
+        **LOOK,
         height=430,
         margin={"l": 60, "r": 12, "t": 8, "b": 52},
         hovermode="closest",
         xaxis=horizontal,
         yaxis={
-            **_AXIS,
+            **AXIS,
             "title": {
                 "text": f"top-{axis_k(study)} accuracy on search images",
                 "standoff": 12,

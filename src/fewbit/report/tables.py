@@ -140,7 +140,7 @@ def layers_table(layers: Sequence[LayerRecord]) -> Table:
         Column("Output", sorts=False),
         Column("Spread", first="descending", **right),
     )
-    return Table(columns, tuple(Row(_layer_cells(layer), data=_layer_data(layer)) for layer in layers))
+    return Table(columns, tuple(Row(_layer_cells(layer), data=layer_data(layer)) for layer in layers))
 
 
 def budget_rows(study: StudyRecord) -> tuple[BudgetRow, ...]:
@@ -262,7 +262,7 @@ def _layer_cells(layer: LayerRecord) -> tuple[Cell, ...]:
     )
     return (
         Cell(mark=button, note=layer.kind, sort=layer.name),
-        Cell(mark=tag, note=_bits(layer), sort=f"{layer.precision} {_bits(layer)}"),
+        Cell(mark=tag, note=bits_of(layer), sort=f"{layer.precision} {bits_of(layer)}"),
         Cell(mark=marks.sqnr_bar(layer.sqnr_db), sort="" if layer.sqnr_db is None else str(layer.sqnr_db)),
         Cell(f"[{layer.low:.4g}, {layer.high:.4g}]", sort=str(_span(layer))) if ranged else Cell(),
         Cell(mark=marks.spark(layer.weights, "weights")),
@@ -271,7 +271,8 @@ def _layer_cells(layer: LayerRecord) -> tuple[Cell, ...]:
     )
 
 
-def _bits(layer: LayerRecord) -> str:
+def bits_of(layer: LayerRecord) -> str:
+    """Say how wide a layer's weights and output are."""
     bits = (("weights", layer.weight_bits), ("output", layer.activation_bits))
     known = [f"{count}-bit {what}" for what, count in bits if count is not None]
     if layer.weight_bits == layer.activation_bits and len(known) == 2:
@@ -283,7 +284,13 @@ def _span(layer: LayerRecord) -> float:
     return (layer.high or 0.0) - (layer.low or 0.0)
 
 
-def _layer_data(layer: LayerRecord) -> str:
+def layer_data(layer: LayerRecord, weight_ends: Sequence[float] = ()) -> str:
+    """Return what the page draws of a chosen row: its histograms and the ends of its grids, as JSON.
+
+    Args:
+        layer: Its record.
+        weight_ends: Lowest and highest value of its weight's grid, where known.
+    """
     data: dict[str, Any] = {}
     for name, histogram in (("weights", layer.weights), ("activations", layer.activations)):
         if histogram is not None and histogram.counts:
@@ -292,4 +299,6 @@ def _layer_data(layer: LayerRecord) -> str:
             data[name] = {"low": histogram.low, "width": width, "counts": counts}
     if layer.low is not None and layer.high is not None:
         data["ends"] = [layer.low, layer.high]
+    if weight_ends:
+        data["weight_ends"] = list(weight_ends)
     return json.dumps(data, separators=(",", ":"))

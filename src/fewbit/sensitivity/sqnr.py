@@ -20,6 +20,8 @@ from fewbit.step import Context
 
 _BINS = 64
 _BEST_DB = 200.0
+DEAD = 1e-6
+_MOVES = frozenset({"equalized", "absorbed"})
 
 
 class _Outputs(fx.Interpreter):
@@ -75,17 +77,19 @@ def layer_records(float_net: Net, net: Net, batches: Iterable[Tensor]) -> tuple[
         10 log10( sum y^2 / sum (y - y')^2 )   dB
 
     with the noise of all layers before it in y' (accumulated) and of its own grid where it has one, over
-    all images given.
+    all images given. Where a step scaled or shifted tensors between layers, y is that of the quantized
+    network with its quantizers off, unless the float network given went through that step too.
 
     Args:
-        float_net: The captured network, or its float form.
+        float_net: The captured network, its float form, or that as it was before quantizers were placed.
         net: Quantized from it, or a float form of it.
         batches: Images (N, C, H, W) float32.
 
     Returns:
         One record a layer, in the order in which they run.
     """
-    exact = _float_form(float_net)
+    moved = (net.facts - float_net.facts) & _MOVES
+    exact = _switched_off(net) if moved else _float_form(float_net)
     layers = [layer for layer in net.layers() if not isinstance(layer.module, Quantizer | DynamicQuantizer)]
     known = {layer.name for layer in exact.layers()}
     names = {layer.name for layer in layers} & known
@@ -109,6 +113,15 @@ def _float_form(net: Net) -> Net:
     for step in (Canonical(), FoldBN()):
         step(copy, context)
         copy = copy.with_facts(*step.gives)
+    return copy
+
+
+def _switched_off(net: Net) -> Net:
+    """Return a copy of a quantized network in which nothing is rounded."""
+    copy = net.clone()
+    for module in copy.graph.modules():
+        if isinstance(module, Quantizer | DynamicQuantizer):
+            module.enabled = False
     return copy
 
 
@@ -152,12 +165,18 @@ def _precision(net: Net, layer: Layer, reader: Quantizer | DynamicQuantizer | No
     if isinstance(layer.module, nn.Conv2d | nn.Linear):
         return "int8" if from_codes and isinstance(layer.module, QuantConv2d | QuantLinear) else "float32"
     if from_codes:
-        return "int8" if reader is not None else "float32"
+        return "int8" if reader is not None or _is_rounded_behind(net, layer.node) else "float32"
     for source in layer.node.all_input_nodes:
-        module = _module(net, source)
-        if isinstance(module, QuantConv2d | QuantLinear) and len(source.users) == 1:
+        matrix = isinstance(_module(net, source), QuantConv2d | QuantLinear)
+        if len(source.users) == 1 and (matrix or reader is not None):
             return "fused" if _reads_codes(net, source) else "float32"
     return "float32"
+
+
+def _is_rounded_behind(net: Net, node: fx.Node) -> bool:
+    """Tell whether the activation that alone reads a node is rounded: both are one kernel."""
+    users = list(node.users)
+    return len(users) == 1 and len(users[0].all_input_nodes) == 1 and _reader(net, users[0]) is not None
 
 
 def _reads_codes(net: Net, node: fx.Node) -> bool:
@@ -169,9 +188,13 @@ def _module(net: Net, node: fx.Node) -> nn.Module | None:
 
 
 def range_ratio(weight: Tensor) -> float:
-    """Return the largest over the smallest channel maximum of a weight; dead channels are left out."""
+    """Return the largest over the smallest channel maximum of a weight.
+
+    Dead channels, below a millionth of the largest, are left out: a BatchNorm that training switched off
+    leaves such weights.
+    """
     peaks = weight.detach().abs().flatten(1).amax(1)
-    alive = peaks[peaks > 0]
+    alive = peaks[peaks > DEAD * peaks.max()]
     return float(alive.max() / alive.min()) if len(alive) else 1.0
 
 

@@ -154,7 +154,28 @@ def test_a_histogram_of_one_value_and_of_known_ones() -> None:
     assert (found.low, found.high, found.counts[0], found.counts[-1]) == (0.0, 64.0, 2, 1)
 
 
+@pytest.mark.parametrize("recipe", ["int8-equalized", "int8-per-tensor-equalized"])
+def test_an_equalized_network_is_compared_with_itself_scaled(recipe: str) -> None:
+    """Its outputs differ from the captured network's by the factor of each channel, which is no noise."""
+    found = records("residual", recipe)
+    assert all(record.sqnr_db is None or record.sqnr_db > 20 for record in found.values())
+    first = read_recipe(recipe)
+    place = next(i for i, step in enumerate(first.steps) if step["use"] == "place")
+    prepared, _ = run_recipe(
+        first.model_copy(update={"steps": first.steps[:place]}), make_net("residual"), make_context()
+    )
+    made = quantize("residual", recipe)
+    given = {r.name: r.sqnr_db for r in layer_records(prepared, made, make_images(8).split(4))}
+    assert given["conv1"] == pytest.approx(found["conv1"].sqnr_db, abs=1.5)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_sum_with_its_activation_runs_in_integers(engine: str) -> None:
+    found = records("residual", engine=engine)
+    assert (found["add"].precision, found["relu_2"].precision) == ("int8", "fused")
+
+
 def test_range_ratio_leaves_dead_channels_out() -> None:
-    weight = torch.tensor([[1.0, -4.0], [0.5, 0.25], [0.0, 0.0]])
+    weight = torch.tensor([[1.0, -4.0], [0.5, 0.25], [0.0, 0.0], [3e-6, -2e-6]])
     assert range_ratio(weight) == 8.0
     assert range_ratio(torch.zeros(3, 2)) == 1.0
