@@ -14,7 +14,7 @@ from fewbit.improve.reconstruct import Problem, reconstruct
 from fewbit.improve.units import Unit, split_into_blocks
 from fewbit.load.capture import capture
 from fewbit.net import Net
-from fewbit.place.quantizer import QuantConv2d, QuantLinear
+from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.recipe import Recipe, run_recipe
 from fewbit.spec import QuantSpec, Scheme
 from fewbit.step import Context, Step
@@ -97,6 +97,37 @@ def at_unit(
 
     reconstruct(Step(), "test", net, context or context_of(), split(net), IMAGES, solve)
     assert done == [name]
+
+
+def values_of(net: Net, images: Tensor) -> dict[str, Tensor]:
+    """Run a network and return the value of every node by the node's name."""
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for node in net.graph.graph.nodes:
+            if node.op == "placeholder":
+                found[node.name] = images
+            elif node.op == "call_module":
+                module = net.graph.get_submodule(str(node.target))
+                found[node.name] = module(*[found[source.name] for source in node.all_input_nodes])
+    return found
+
+
+def in_float(net: Net) -> Net:
+    """Return a copy with every quantizer off."""
+    made = net.clone()
+    for module in made.graph.modules():
+        if isinstance(module, Quantizer | DynamicQuantizer):
+            module.enabled = False
+    return made
+
+
+def tensor_error(net: Net) -> float:
+    """Return how far all tensors are from the float network's on other images, as a share of their spread."""
+    images = make_images(32, seed=9)
+    exact, found = values_of(in_float(net), images), values_of(net, images)
+    spread = {name: float(value.var()) for name, value in exact.items() if float(value.var()) > 0}
+    errors = [float((found[name] - exact[name]).square().mean()) / one for name, one in spread.items()]
+    return sum(errors) / len(errors)
 
 
 H = torch.tensor([[1.0, 0.9], [0.9, 1.0]])

@@ -100,7 +100,15 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "branches": Branches,
     "gated": Gated,
 }
+READS_NORMS = frozenset({"zeroq", "calibrate_norm"})
+"""Steps that refuse a network without BatchNorm."""
 RECIPES = ("int8", "int8-mse", "int8-percentile", "int8-per-tensor", "int8-symmetric")
+
+
+def networks_for(*steps: str) -> tuple[str, ...]:
+    """Return the networks that some steps take: those that read BatchNorms need one."""
+    normless = ("branches", "gated") if READS_NORMS & set(steps) else ()
+    return tuple(name for name in NETWORKS if name not in normless)
 
 
 def make_model(name: str, seed: int = 0) -> nn.Module:

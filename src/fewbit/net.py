@@ -56,6 +56,11 @@ class Net:
         facts: What has been done to it ("folded", "placed", "calibrated", ...).
         statistics: The distribution of a layer's output by its name, where a BatchNorm told it before it was
             folded; whoever scales or shifts an output replaces its record.
+        image_range: The lowest and the highest value of each channel of an image, where the card tells it.
+
+    Attributes:
+        images: Images (N, C, H, W) made for this network, which every later step of a recipe takes in place
+            of real ones; or none.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Net:
         classes: int,
         facts: frozenset[str] = frozenset(),
         statistics: Mapping[str, Normal] | None = None,
+        image_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     ) -> None:
         self.graph = graph
         self.name = name
@@ -73,6 +79,8 @@ class Net:
         self.classes = classes
         self.facts = facts
         self.statistics = dict(statistics or {})
+        self.image_range = image_range
+        self.images: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return logits (N, classes) of images (N, C, H, W)."""
@@ -112,14 +120,19 @@ class Net:
 
     def clone(self) -> Net:
         """Return a copy that shares nothing with this one."""
-        return self._made_of(copy.deepcopy(self.graph), self.facts)
+        made = self._made_of(copy.deepcopy(self.graph), self.facts)
+        made.images = None if self.images is None else self.images.clone()
+        return made
 
     def with_facts(self, *facts: str) -> Net:
         """Return the same network with more facts."""
         return self._made_of(self.graph, self.facts | set(facts))
 
     def _made_of(self, graph: fx.GraphModule, facts: frozenset[str]) -> Net:
-        return Net(graph, self.name, self.input_size, self.classes, facts, self.statistics)
+        size, classes = self.input_size, self.classes
+        made = Net(graph, self.name, size, classes, facts, self.statistics, self.image_range)
+        made.images = self.images
+        return made
 
     def train(self, mode: bool = True) -> Net:
         """Switch to training mode, as `model.train()` would.

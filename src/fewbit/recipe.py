@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -71,8 +73,11 @@ class Recipe(Frozen):
 
     @property
     def uses_images(self) -> bool:
-        """It looks at calibration images, which then must not evaluate its file."""
-        return self.scheme.mode == "static" and any(step.get("use") == "calibrate" for step in self.steps)
+        """It looks at calibration images, which then must not evaluate its file; else it is shown none."""
+        steps = [step for _, step in self.built_steps()]
+        if any(step.makes_images for step in steps):
+            return False
+        return any(step.reads_images(self.scheme) for step in steps)
 
     def with_float(self, layers: Sequence[str]) -> Recipe:
         """Return the same recipe with some layers left in float."""
@@ -122,6 +127,7 @@ def image_context(
     engine: str,
     seed: int = 0,
     advance: Callable[[str, float], None] | None = None,
+    scratch: Path | None = None,
 ) -> Context:
     """Return the Context of a recipe that calibrates with these images.
 
@@ -132,19 +138,28 @@ def image_context(
         engine: Whose Target to take.
         seed: Of every random choice.
         advance: Told the name of a step and the fraction done.
+        scratch: A folder where long steps keep what they have done, to go on there after a kill.
     """
 
     def batches() -> Iterator[Tensor]:
         if images is None:
             return
-        channels, rows, columns = images.input_size
-        batch = min(32, max(1, _CALIBRATION_VALUES // (channels * rows * columns)))
+        batch = _images_at_once(images.input_size)
         for done, pixels in enumerate(images.batches(batch)):
             yield torch.from_numpy(pixels)
             if advance is not None:
                 advance("calibrate", min(1.0, (done + 1) * batch / len(images)))
 
-    return Context(Scheme(), target(engine), batches, seed, advance)
+    return Context(Scheme(), target(engine), batches, seed, advance, scratch)
+
+
+def _images_at_once(size: tuple[int, int, int]) -> int:
+    return min(32, max(1, _CALIBRATION_VALUES // math.prod(size)))
+
+
+def _batches_of(images: Tensor) -> Iterator[Tensor]:
+    channels, rows, columns = images.shape[1:]
+    return iter(torch.split(images, _images_at_once((channels, rows, columns))))
 
 
 def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[StepReport, ...]]:
@@ -153,7 +168,8 @@ def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[S
     Args:
         recipe: What to do; its scheme takes the place of the context's.
         net: Stays as it is.
-        context: Target, images, seed.
+        context: Target, images, seed. A recipe that uses no images is shown none, and images that a step
+            makes take the place of these for every step after it.
 
     Returns:
         The new network and what each step did.
@@ -162,6 +178,8 @@ def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[S
         RecipeError: A step needs a fact that no step before it gives, or an exact step changed the outputs.
     """
     context = replace(context, scheme=recipe.scheme)
+    if not recipe.uses_images:
+        context = replace(context, batches=lambda: iter(()))
     changed, reports = net.clone().eval(), []
     expected = example_logits(changed)
     for name, step in recipe.built_steps():
@@ -177,6 +195,8 @@ def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[S
                 f"recipe '{recipe.name}': step '{name}' cannot follow the step that made the network "
                 f"{', '.join(late)}; put it before"
             )
+        if changed.images is not None:
+            context = replace(context, batches=partial(_batches_of, changed.images))
         context.tell(name, 0.0)
         begin = time.perf_counter()
         report = step(changed, context)

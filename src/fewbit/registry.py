@@ -18,12 +18,22 @@ Kind = Literal["steps", "ranges", "engines"]
 ROWS: dict[Kind, dict[str, str]] = {
     "steps": {
         "canonical": "fewbit.prepare.canonical:Canonical",
+        "zeroq": "fewbit.synth.zeroq:ZeroQ",
         "fold_bn": "fewbit.prepare.fold_bn:FoldBN",
         "equalize": "fewbit.prepare.equalize:Equalize",
         "absorb_bias": "fewbit.prepare.absorb_bias:AbsorbBias",
+        "split_channels": "fewbit.improve.split_channels:SplitChannels",
         "place": "fewbit.place.place:Place",
         "calibrate": "fewbit.ranges.calibrate:Calibrate",
+        "calibrate_norm": "fewbit.synth.calibrate_norm:CalibrateNorm",
         "correct_bias": "fewbit.improve.correct_bias:CorrectBias",
+        "adaround": "fewbit.improve.adaround:AdaRound",
+        "brecq": "fewbit.improve.brecq:BRECQ",
+        "qdrop": "fewbit.improve.qdrop:QDrop",
+        "comq": "fewbit.improve.comq:COMQ",
+        "gptq": "fewbit.improve.gptq:GPTQ",
+        "obq": "fewbit.improve.obq:OBQ",
+        "tune_scales": "fewbit.improve.tune_scales:TuneScales",
     },
     "ranges": {
         "minmax": "fewbit.ranges.minmax:MinMax",

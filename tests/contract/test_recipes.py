@@ -15,7 +15,7 @@ from fewbit.net import Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.place.targets import TARGETS, target
 from fewbit.recipe import Recipe, read_recipe, run_recipe, shipped_recipes
-from networks import CLASSES, NETWORKS, make_context, make_images, make_net
+from networks import CLASSES, NETWORKS, make_context, make_images, make_net, networks_for
 
 RECIPES = tuple(shipped_recipes())
 
@@ -30,7 +30,19 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def takes(recipe: Recipe, network: str) -> None:
+    """Skip a network without BatchNorm where the recipe reads one; it refuses, see the steps' own tests."""
+    if network not in networks_for(*(step["use"] for step in recipe.steps)):
+        pytest.skip("no BatchNorm to read")
+
+
+def coarseness(recipe: Recipe) -> int:
+    """Return how many times as far as those of 8 bits codes of weights lie from one another."""
+    return int(2 ** (8 - recipe.scheme.weights.bits))
+
+
 def made(recipe: Recipe, network: str, engine: str) -> Net:
+    takes(recipe, network)
     return run_recipe(recipe, make_net(network), make_context(engine))[0]
 
 
@@ -51,6 +63,7 @@ def test_it_says_what_it_is_for_in_one_line(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_callers_network_is_untouched(recipe: Recipe, engine: str, network: str) -> None:
+    takes(recipe, network)
     net = make_net(network)
     before = {key: value.clone() for key, value in net.graph.state_dict().items()}
     text = repr(net)
@@ -59,7 +72,7 @@ def test_the_callers_network_is_untouched(recipe: Recipe, engine: str, network: 
     assert all(torch.equal(value, before[key]) for key, value in net.graph.state_dict().items())
 
 
-@pytest.mark.parametrize("network", ["branches", "gated"])
+@pytest.mark.parametrize("network", ["branches", "gated", "depthwise"])
 def test_same_seed_same_bytes(recipe: Recipe, engine: str, network: str, tmp_path: Path) -> None:
     found = set()
     for number in range(2):
@@ -78,7 +91,8 @@ def test_with_all_quantizers_off_it_is_the_float_network(recipe: Recipe, engine:
             layer.module.weight_quantizer.enabled = False
     expected = outputs(make_net(network), make_images(4))
     gap = (outputs(net, make_images(4)) - expected).abs().max()
-    share = 0.02 if "corrected" in net.facts else 1e-5  # corrected biases hold what rounding took
+    # Corrected biases hold what rounding took.
+    share = 0.02 * coarseness(recipe) if "corrected" in net.facts else 1e-5
     assert float(gap) < share * float(expected.abs().max()) + 1e-6
 
 
@@ -86,7 +100,7 @@ def test_with_all_quantizers_off_it_is_the_float_network(recipe: Recipe, engine:
 def test_it_stays_near_the_float_network(recipe: Recipe, engine: str, network: str) -> None:
     expected = outputs(make_net(network), make_images(8))
     gap = (outputs(made(recipe, network, engine), make_images(8)) - expected).abs().max()
-    assert float(gap) < 0.1 * float(expected.abs().max())
+    assert float(gap) < 0.1 * min(coarseness(recipe), 4) * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("network", ["depthwise", "gated"])

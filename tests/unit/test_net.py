@@ -39,6 +39,16 @@ def test_a_layer_is_found_by_its_name_or_told() -> None:
         net.layer("fc2")
 
 
+def test_copies_keep_what_is_known_of_the_images() -> None:
+    net = make_net("residual")
+    assert net.images is None and net.image_range is None and net.clone().images is None
+    net.images, net.image_range = make_images(2), ((-1.0,) * 3, (1.0,) * 3)
+    same, copy = net.with_facts("x"), net.clone()
+    assert same.images is net.images and copy.images is not net.images
+    assert copy.images is not None and torch.equal(copy.images, net.images)
+    assert same.image_range == copy.image_range == net.image_range
+
+
 def test_a_clone_shares_nothing() -> None:
     net = make_net("residual")
     before = net(make_images(2))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fewbit.errors import DataError, RecipeError
 from fewbit.load.capture import capture
 from fewbit.place.quantizer import QuantConv2d, Quantizer
-from fewbit.recipe import Recipe, image_context, read_recipe, run_recipe, shipped_recipes
+from fewbit.recipe import Recipe, _batches_of, image_context, read_recipe, run_recipe, shipped_recipes
 from fewbit.spec import QuantSpec, Scheme
 from fewbit.step import Step
 from networks import make_context, make_images, make_net
@@ -111,7 +112,10 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"use": "foldbn"}, r"steps: no 'foldbn' \(did you mean 'fold_bn'\?\); there are canonical, fold_bn"),
+        (
+            {"use": "foldbn"},
+            r"steps: no 'foldbn' \(did you mean 'fold_bn'\?\); there are canonical, zeroq, fold_bn",
+        ),
         ({"activations": "mse"}, "recipe 'mine': step 1 has no 'use'; `fewbit methods` lists them"),
         ({"use": 3}, "recipe 'mine': step 1 has no 'use'"),
         (
@@ -176,6 +180,58 @@ def test_without_images_it_says_what_to_do() -> None:
         run_recipe(read_recipe("int8"), make_net("residual"), context)
     for name in ("float32", "int8-weights-only", "int8-dynamic"):
         run_recipe(read_recipe(name), make_net("residual"), context)
+
+
+def test_which_recipes_use_images() -> None:
+    using = {name for name, recipe in shipped_recipes().items() if recipe.uses_images}
+    assert {"int8", "int8-equalized", "int8-mse", "int8-per-tensor"} <= using
+    without = {
+        "float32",
+        "int8-dynamic",
+        "int8-weights-only",
+        "int8-dfq",
+        "int8-zeroq",
+        "w4a8-dfq",
+        "w4a8-zeroq",
+    }
+    assert not without & using
+    for mode, method, expected in (
+        ("dynamic", "empirical", True),
+        ("dynamic", "analytic", False),
+        ("static", "analytic", True),
+    ):
+        steps = (*STEPS, {"use": "correct_bias", "method": method})
+        assert Recipe(name="mine", scheme=Scheme(mode=mode), steps=steps).uses_images is expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["float32", "int8-dfq", "int8-zeroq", "int8-weights-only"])
+def test_a_recipe_that_uses_no_images_is_shown_none(name: str) -> None:
+    """Images that it saw would have to be kept from evaluating its file, and are not."""
+
+    def batches() -> Iterator[Tensor]:
+        raise AssertionError("an image was asked for")
+
+    recipe = read_recipe(name)
+    steps = tuple({**s, "iterations": 1} if s["use"] == "zeroq" else s for s in recipe.steps)
+    recipe = recipe.model_copy(update={"steps": steps})
+    made, _ = run_recipe(recipe, make_net("depthwise"), replace(make_context(), batches=batches))
+    other, _ = run_recipe(recipe, make_net("depthwise"), replace(make_context(), batches=lambda: iter(())))
+    states = made.graph.state_dict(), other.graph.state_dict()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_images_of_the_network_take_the_place_of_real_ones() -> None:
+    net = make_net("residual")
+    net.images = make_images(5, seed=7)
+    made, _ = run_recipe(read_recipe("int8"), net, make_context())
+    expected, _ = run_recipe(read_recipe("int8"), make_net("residual"), make_context(images=net.images))
+    states = made.graph.state_dict(), expected.graph.state_dict()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_large_images_of_the_network_come_a_few_at_a_time() -> None:
+    assert [len(batch) for batch in _batches_of(torch.zeros(9, 3, 224, 224))] == [8, 1]
+    assert [len(batch) for batch in _batches_of(torch.zeros(40, 3, 32, 32))] == [32, 8]
 
 
 def test_with_float_puts_its_rules_first() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from fewbit.search.watch import Event, Watch
 
 Tell = Callable[[str, float], None]
 _PLAIN_EVERY_S = 10.0
+_SAMPLE_EVERY_S, _WINDOW_S = 1.0, 30.0
 
 
 @contextmanager
@@ -31,17 +33,55 @@ def search_progress(quiet: bool = False) -> Iterator[Watch]:
 
 @contextmanager
 def step_progress(title: str, quiet: bool = False) -> Iterator[Tell]:
-    """Give the listener of one piece of work: told what it does and the fraction done."""
-    if quiet or not sys.stderr.isatty():
+    """Give the listener of one piece of work: told what it does and the fraction done of that.
+
+    A bar with the time left in a terminal; elsewhere a line every ten seconds.
+    """
+    pace = _Pace()
+    if quiet:
         yield lambda what, fraction: None
-        return
-    with _bar() as progress:
-        task = progress.add_task(title, total=1.0, left="")
+    elif not sys.stderr.isatty():
+        told = time.monotonic()
 
-        def tell(what: str, fraction: float) -> None:
-            progress.update(task, description=f"{title}: {what}", completed=fraction)
+        def say(what: str, fraction: float) -> None:
+            nonlocal told
+            left = time_left(pace.seconds_left(what, fraction))
+            if time.monotonic() - told >= _PLAIN_EVERY_S:
+                told = time.monotonic()
+                _print_line(fraction, f"{title}: {what}", left)
 
-        yield tell
+        yield say
+    else:
+        with _bar() as progress:
+            task = progress.add_task(title, total=1.0, left="")
+
+            def tell(what: str, fraction: float) -> None:
+                left = time_left(pace.seconds_left(what, fraction))
+                progress.update(task, description=f"{title}: {what}", completed=fraction, left=left)
+
+            yield tell
+
+
+class _Pace:
+    """Estimates the time left from the last half minute, which a resumed run's leap soon falls out of."""
+
+    def __init__(self) -> None:
+        self.what, self.seen = "", deque[tuple[float, float]]()
+
+    def seconds_left(self, what: str, fraction: float) -> float | None:
+        """Take what is done and how far it is; return the seconds left, or none while nobody can know."""
+        now = time.monotonic()
+        if what != self.what or (self.seen and fraction < self.seen[-1][1]):
+            self.what = what
+            self.seen.clear()
+        if not self.seen or now - self.seen[-1][0] >= _SAMPLE_EVERY_S:
+            self.seen.append((now, fraction))
+        while len(self.seen) > 2 and now - self.seen[1][0] >= _WINDOW_S:
+            self.seen.popleft()
+        begin, done = self.seen[0]
+        if now - begin < _SAMPLE_EVERY_S or fraction <= done:
+            return None
+        return (1 - fraction) * (now - begin) / (fraction - done)
 
 
 def _bar() -> Progress:
@@ -110,4 +150,8 @@ class _Lines:
         self.told = time.monotonic()
         text = describe_trial(event.trial) if event.kind == "end" and event.trial is not None else event.text
         left = time_left(event.seconds_left)
-        print(f"[{event.fraction:4.0%}] {text}{f' ({left})' if left else ''}", file=sys.stderr, flush=True)
+        _print_line(event.fraction, text, left)
+
+
+def _print_line(fraction: float, text: str, left: str) -> None:
+    print(f"[{fraction:4.0%}] {text}{f' ({left})' if left else ''}", file=sys.stderr, flush=True)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fewbit.cli.options import card_options, data_option, find_card, json_option, print_json, take_card_facts
+from fewbit.cli.options import card_options, find_card, json_option, print_json, take_card_facts
 from fewbit.cli.progress import step_progress
 
 
 @click.command()
 @click.argument("card", metavar="CARD")
 @click.option("--recipe", default="int8", show_default=True, help="A shipped recipe, or a .toml file.")
-@data_option
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Labelled images: folder, tar or zip of class/name.jpg, or parquet. Some recipes need none.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The .onnx file to write.")
 @click.option(
     "--engine", type=click.Choice(["onnxruntime", "openvino"]), default="onnxruntime", show_default=True
@@ -25,7 +32,7 @@ from fewbit.cli.progress import step_progress
 @click.option("--strict", is_flag=True, help="A broken image stops the run.")
 @card_options
 @json_option
-def quantize(card: str, recipe: str, data: Path, out: Path, engine: str, **options: Any) -> int:
+def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, **options: Any) -> int:
     """Quantize a network by a recipe and write the file that an engine runs."""
     from fewbit.export.facts import describe_export
     from fewbit.export.onnx_out import export_onnx
@@ -35,10 +42,20 @@ def quantize(card: str, recipe: str, data: Path, out: Path, engine: str, **optio
 
     given = find_card(card, take_card_facts(options))
     chosen, aim = read_recipe(recipe), target(engine)
+    source = options.pop("calibration") or data
+    if chosen.uses_images and source is None:
+        raise click.UsageError(
+            f"Missing option '--data'. Recipe '{chosen.name}' calibrates on images; "
+            "one that needs none is 'int8-dfq'"
+        )
     net = load(given)
-    images = _calibration_images(given, data, **{k: v for k, v in options.items() if k != "as_json"})
-    with images, step_progress(given.network.name, options["as_json"]) as tell:
-        made, reports = run_recipe(chosen, net, image_context(images, engine, options["seed"], tell))
+    images = None
+    if chosen.uses_images and source is not None:
+        images = _calibration_images(given, source, **{k: v for k, v in options.items() if k != "as_json"})
+    progress = step_progress(given.network.name, options["as_json"])
+    with images or nullcontext(), _partial(out) as scratch, progress as tell:
+        context = image_context(images, engine, options["seed"], tell, scratch)
+        made, reports = run_recipe(chosen, net, context)
         facts = describe_export(given, chosen, engine, images)
         export_onnx(made, out, aim if chosen.places else None, facts)
     answer = {
@@ -47,7 +64,7 @@ def quantize(card: str, recipe: str, data: Path, out: Path, engine: str, **optio
         "digest": chosen.digest(),
         "out": str(out),
         "bytes": out.stat().st_size,
-        "calibration_images": len(images.names) if chosen.uses_images else 0,
+        "calibration_images": 0 if images is None else len(images.names),
         "steps": [report.model_dump(mode="json") for report in reports],
     }
     if options["as_json"]:
@@ -55,17 +72,31 @@ def quantize(card: str, recipe: str, data: Path, out: Path, engine: str, **optio
         return 0
     for report in reports:
         click.echo(
-            f"{report.step:<12} {report.seconds:6.2f} s  {report.changed} changed  {'; '.join(report.notes)}"
+            f"{report.step:<14} {report.seconds:6.2f} s  {report.changed} changed  {'; '.join(report.notes)}"
         )
-    if chosen.uses_images:
+    if images is not None:
         click.echo(f"calibrated on {len(images.names)} images; evaluate it on others")
     click.echo(f"{out}: {answer['bytes']:,} bytes, for {engine}")
     return 0
 
 
-def _calibration_images(
-    card: Any, data: Path, calibration: Path | None, calibration_images: int, seed: int, strict: bool
-) -> Any:
+@contextmanager
+def _partial(out: Path) -> Iterator[Path]:
+    """Give the folder beside a file where long steps keep what they have done until the file is there."""
+    folder = out.with_name(f"{out.name}.partial")
+    if folder.is_dir():
+        click.echo(f"{folder}: a run was stopped; what it had done is taken up where it fits", err=True)
+    try:
+        yield folder
+    except BaseException:
+        if any(path.is_file() for path in folder.rglob("*")):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _calibration_images(card: Any, source: Path, calibration_images: int, seed: int, strict: bool) -> Any:
     from fewbit.data.image_set import ImageSet
     from fewbit.data.images import open_images
     from fewbit.data.sample import choose_balanced
@@ -73,6 +104,6 @@ def _calibration_images(
 
     if calibration_images < 1:
         raise InputError(f"--calibration-images is {calibration_images}; give 1 or more")
-    source = open_images(calibration or data, card.labels_path, strict, card.network.classes)
-    chosen = choose_balanced(source.targets, min(calibration_images, len(source)), seed)
-    return ImageSet(source, card.input, card.network.classes, indices=chosen)
+    opened = open_images(source, card.labels_path, strict, card.network.classes)
+    chosen = choose_balanced(opened.targets, min(calibration_images, len(opened)), seed)
+    return ImageSet(opened, card.input, card.network.classes, indices=chosen)

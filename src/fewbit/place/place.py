@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import fx, nn
 
@@ -102,15 +102,27 @@ class _Plan:
         chosen = rule.activations if rule is not None else None
         return self._narrowed(chosen or self.scheme.activations)
 
-    def tensor_spec(self, root: fx.Node, group: Iterable[fx.Node]) -> QuantSpec:
-        """Return the grid that the tensors of a group share: the finest that a reader's rule asks for."""
+    def tensor_spec(self, group: Iterable[fx.Node]) -> QuantSpec:
+        """Return the grid that the tensors of a group share.
+
+        The finest that the rule of a reader asks for, else of a layer that makes one of them.
+        """
         readers = [self.layers[user] for node in group for user in node.users if user in self.layers]
         rules = [self.rule(layer.name) for layer in readers if layer.name in self.integer]
         asked = [rule.inputs for rule in rules if rule is not None and rule.inputs is not None]
         if asked:
             return self._narrowed(max(asked, key=lambda spec: spec.bits))
-        layer = self.layers.get(root)
-        return self.activation_spec(layer.name if layer else "input")
+        names = {name for node in group for name in self._makers(node)}
+        rules = [self.rule(name) for name in names]
+        asked = [rule.activations for rule in rules if rule is not None and rule.activations is not None]
+        return self._narrowed(max(asked, key=lambda spec: spec.bits, default=self.scheme.activations))
+
+    def _makers(self, node: fx.Node) -> Iterator[str]:
+        """Yield the names of the layers that make a tensor in one kernel; "input" for the image."""
+        yield name_of(node)
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and self.fused_into(source) is node:
+            yield from self._makers(source)
 
     def _narrowed(self, spec: QuantSpec) -> QuantSpec:
         if self.target.symmetric_activations:
@@ -231,7 +243,7 @@ def _place_static(net: Net, plan: _Plan) -> int:
     members: dict[fx.Node, list[fx.Node]] = {}
     for node, root in groups.items():
         members.setdefault(root, []).append(node)
-    specs = {root: plan.tensor_spec(root, group) for root, group in members.items()}
+    specs = {root: plan.tensor_spec(group) for root, group in members.items()}
     made: dict[fx.Node, Quantizer] = {}
     count = 0
     for node in tails:

@@ -108,6 +108,11 @@ class Quantizer(nn.Module):
             RecipeError: A code is none of the grid's, or the scale is none that the spec allows.
         """
         rounded = codes.detach().round()
+        if self.ready and self.scale.dim() and (not codes.dim() or codes.shape[self.axis] != len(self.scale)):
+            raise RecipeError(
+                f"tensor '{self.name}': codes of shape {tuple(codes.shape)} do not fit its {len(self.scale)} "
+                "scales; give them in the weight's shape"
+            )
         if not bool(((rounded >= self.qmin) & (rounded <= self.qmax)).all()):
             raise RecipeError(
                 f"tensor '{self.name}': codes from {float(codes.min())} to {float(codes.max())} are not "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewbit import ops
-from fewbit.improve.expectation import Moments, clipped, expected_inputs
+from fewbit.improve.expectation import Moments, clipped, expected_inputs, image_moments, moments_of
 from fewbit.load.capture import capture
 from fewbit.net import Net
 from fewbit.prepare.equalize import Equalize
@@ -99,6 +99,62 @@ def test_where_the_expectation_goes() -> None:
     names = [name for name in found if name.startswith("fc")]
     assert len(names) == 1
     assert torch.equal(found[names[0]], relu_a.mean.repeat_interleave(4))
+
+
+def test_the_image_is_a_photograph_where_the_card_tells_its_range() -> None:
+    net = capture(nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten()).eval(), "image", (2, 2, 2))
+    plain = image_moments(net)
+    assert plain.mean.tolist() == [0, 0] and plain.variance is not None and plain.variance.tolist() == [1, 1]
+    net.image_range = ((-1.0, 0.0), (1.0, 4.0))
+    found = image_moments(net)
+    assert found.mean.tolist() == pytest.approx([-0.1, 1.8])
+    assert found.variance is not None and found.variance.tolist() == pytest.approx([0.25, 1.0])
+
+
+def test_a_layer_without_batchnorm_passes_the_moments_of_independent_inputs_on() -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 6, (1, 2), groups=2), nn.Conv2d(6, 2, 1, bias=False)
+    net = capture(nn.Sequential(*layers, nn.Flatten()).eval(), "sums", (4, 1, 2))
+    net.image_range = ((-2.0, -1.0, 0.0, 0.0), (2.0, 3.0, 1.0, 8.0))
+    image = image_moments(net)
+    assert image.variance is not None
+    draws = torch.randn((200_000, 4, 1, 2), generator=torch.Generator().manual_seed(1))
+    draws = draws * image.variance.sqrt().float().reshape(-1, 1, 1) + image.mean.float().reshape(-1, 1, 1)
+    with torch.no_grad():
+        drawn = layers[0](draws).flatten(1)
+    found = {str(node.target): moments for node, moments in moments_of(net).items()}
+    assert torch.allclose(found["0"].mean.float(), drawn.mean(0), atol=0.02)
+    assert found["0"].variance is not None
+    assert torch.allclose(found["0"].variance.float(), drawn.var(0), rtol=0.02)
+    assert torch.allclose(known(net)["1"], found["0"].mean)
+
+
+def test_channels_that_are_padded_sliced_or_averaged() -> None:
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.after, self.fc = nn.BatchNorm2d(5), nn.Linear(20, 2)
+            nn.init.normal_(self.norm.bias)
+            nn.init.normal_(self.after.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.pad(F.relu(self.norm(self.a(x)))[:, 1:], (0, 0, 0, 0, 1, 1))
+            return self.fc(F.avg_pool2d(self.after(x), 2).flatten(1)) + x.mean(1).flatten(1)[:, :2]
+
+    torch.manual_seed(0)
+    model = Moved().eval()
+    net = capture(model, "moved", (3, 4, 4))
+    FoldBN()(net, make_context())
+    found = {layer.kind: moments_of(net).get(layer.node) for layer in net.layers() if layer.name != "slice_2"}
+    a = clipped(Moments(net.statistics["a"].mean, net.statistics["a"].std ** 2))
+    assert a.variance is not None
+    pad, kept = found["Pad"], found["BatchNorm"]
+    assert pad is not None and pad.variance is not None and kept is not None
+    assert torch.equal(pad.mean[1:4], a.mean[1:]) and pad.mean[[0, 4]].tolist() == [0, 0]
+    assert torch.equal(pad.variance[1:4], a.variance[1:]) and pad.variance[[0, 4]].tolist() == [0, 0]
+    assert torch.equal(kept.mean.float(), model.after.bias)
+    assert found["Mean"] is None
 
 
 def test_a_minimum_a_channel_cuts_the_same_normal() -> None:
