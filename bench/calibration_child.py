@@ -106,6 +106,7 @@ def fewbit(job: dict[str, Any], recipe_name: str) -> Quantize:
             scheme=recipe.scheme,
             target=engine,
             batches=lambda: (torch.from_numpy(batch) for batch in batches(job)),
+            seed=job.get("seed", 0),
         )
         net, _ = run_recipe(recipe, load(read_card(job["card"])), context)
         export_onnx(net, Path(job["out"]), engine)

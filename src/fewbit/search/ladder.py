@@ -17,6 +17,8 @@ from fewbit.spec import Frozen
 
 PLAIN = "int8"
 BETTER_RANGES = ("int8-moving-average", "int8-percentile", "int8-mse")
+CORRECTED = ("int8-equalized",)
+RECONSTRUCTED = ("int8-reconstructed",)
 WEIGHTS_ONLY = "int8-weights-only"
 
 
@@ -128,11 +130,26 @@ def int8(view: Standing, _: Ranking) -> Proposal | None:
 
 def ranges(view: Standing, _: Ranking) -> Proposal | None:
     """Better range estimators: the same speed, so only while the budget is not held, or held within noise."""
+    return _more_accurate(view, "ranges", BETTER_RANGES)
+
+
+def corrected(view: Standing, _: Ranking) -> Proposal | None:
+    """Weights equalized across layers and biases corrected: the same speed again, some seconds dearer."""
+    return _more_accurate(view, "corrected", CORRECTED)
+
+
+def reconstructed(view: Standing, _: Ranking) -> Proposal | None:
+    """Codes chosen for the layer's output: the dearest step that needs no training, and the most accurate."""
+    return _more_accurate(view, "reconstructed", RECONSTRUCTED)
+
+
+def _more_accurate(view: Standing, rung: str, recipes: Sequence[str]) -> Proposal | None:
+    """Recipes of equal speed, where int8 could be the answer and no trial has proven the budget yet."""
     for pair in _climbing(view):
         if any(view.proven(t) for t in view.int8_trials(pair)):
             continue
-        for name in BETTER_RANGES:
-            proposal = _int8_proposal("ranges", pair, name)
+        for name in recipes:
+            proposal = _int8_proposal(rung, pair, name)
             if not view.has(proposal.network, proposal.engine, proposal.recipe):
                 return proposal
     return None
@@ -178,6 +195,8 @@ RUNGS: tuple[Rung, ...] = (
     Rung("bf16", bf16),
     Rung("int8", int8),
     Rung("ranges", ranges),
+    Rung("corrected", corrected),
+    Rung("reconstructed", reconstructed),
     Rung("weights-only", weights_only),
     Rung("float-layers", float_layers),
 )

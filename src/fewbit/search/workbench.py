@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,10 +126,15 @@ class Workbench:
             RecipeError: The recipe does not fit the network.
             OutputError: The file cannot be written.
         """
-        net, _ = run_recipe(recipe, self.net, self._context(engine, advance))
+        try:
+            net, _ = run_recipe(recipe, self.net, self._context(engine, advance))
+        except Exception:  # what is left of a kill serves the next run, what is left of a failure nobody
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise
         path = self.file_of(recipe, engine)
         facts = describe_export(self.card, recipe, engine, self.images.calibration)
         export_onnx(net, path, target(engine) if recipe.places else None, facts)
+        shutil.rmtree(self._partial, ignore_errors=True)
         return Built(path, recipe, net)
 
     def records(self, built: Built) -> tuple[LayerRecord, ...]:
@@ -142,10 +148,16 @@ class Workbench:
             net, _ = run_recipe(recipe, self.net, self._context(engine, advance))
             few = list(self._some(images_for_ranking(self.card.input.size)))
             self._ranked[engine, base] = rank_layers(self.net, net, few)
+            shutil.rmtree(self._partial, ignore_errors=True)
         return self._ranked[engine, base]
 
     def _context(self, engine: EngineName, advance: Advance | None) -> Context:
-        return image_context(self.images.calibration, engine, self.seed, advance)
+        return image_context(self.images.calibration, engine, self.seed, advance, self._partial)
+
+    @property
+    def _partial(self) -> Path:
+        """Return where long steps keep what they have done until the file is there."""
+        return self.folder / "partial"
 
     def _some(self, images: int) -> Iterator[Tensor]:
         """Give a few calibration images; few at once of large ones, whose activations need much memory."""

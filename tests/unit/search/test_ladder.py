@@ -10,7 +10,7 @@ from fewbit.engines.session import EngineName, Setting
 from fewbit.measure.accuracy import Accuracy, Comparison, Interval
 from fewbit.measure.speed import Timing
 from fewbit.search.budget import parse_budget
-from fewbit.search.ladder import BETTER_RANGES, Ladder, Proposal
+from fewbit.search.ladder import BETTER_RANGES, CORRECTED, RECONSTRUCTED, Ladder, Proposal
 from fewbit.search.standing import Objective, Standing, Terms
 from fewbit.search.trial import Trial, TrialState
 
@@ -132,14 +132,35 @@ def test_better_ranges_only_while_the_budget_is_not_held() -> None:
     assert [r for _, r in names(history)] == ["float32", "int8", "int8-moving-average", "int8-percentile"]
 
 
-def test_held_within_noise_tries_the_other_ranges_too() -> None:
+def test_held_within_noise_tries_the_rungs_of_equal_speed_too_cheap_ones_first() -> None:
     def answer(p: Proposal) -> Trial:
         return trial(
             p, {"float32": 600, "int8": 638}.get(p.recipe, 637), 100.0 if p.recipe == "float32" else 300.0
         )
 
     history = climb(terms("top1-drop<=1%", engines=("onnxruntime",)), answer)
-    assert [r for _, r in names(history)] == ["float32", "int8", *BETTER_RANGES]
+    rungs = [*BETTER_RANGES, *CORRECTED, *RECONSTRUCTED]
+    assert [r for _, r in names(history)] == ["float32", "int8", *rungs]
+
+
+def test_a_dear_rung_is_not_climbed_once_a_cheaper_one_has_proven_the_budget() -> None:
+    def answer(p: Proposal) -> Trial:
+        errors = {"float32": 600, "int8-equalized": 601}
+        return trial(p, errors.get(p.recipe, 700), 100.0 if p.recipe == "float32" else 300.0)
+
+    tried = [r for _, r in names(climb(terms("top1-drop<=1%", engines=("onnxruntime",)), answer))]
+    assert tried[-1] == "int8-equalized" and "int8-reconstructed" not in tried
+
+
+def test_no_layer_is_left_in_float_before_every_rung_of_full_speed_was_tried() -> None:
+    def answer(p: Proposal) -> Trial:
+        if p.recipe == "float32":
+            return trial(p, 600, 100.0)
+        return trial(p, 601 if p.keep_float else 800, 300.0)
+
+    tried = [r for _, r in names(climb(terms("top1-drop<=1%", engines=("onnxruntime",)), answer))]
+    first = next(i for i, r in enumerate(tried) if "-float" in r)
+    assert set(tried[1:first]) == {"int8", *BETTER_RANGES, *CORRECTED, *RECONSTRUCTED}
 
 
 def test_a_slower_engine_is_not_climbed_once_the_faster_one_is_inside() -> None:
