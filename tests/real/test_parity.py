@@ -6,53 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
-import openvino
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from fewbit.data.image_set import ImageSet
 from fewbit.engines.process import EngineProcess
 from fewbit.engines.reference import Reference
 from fewbit.engines.session import Setting
+from fewbit.measure.host import describe_host, rounding_of
 from fewbit.place.simulate import simulate_recorded
+from opened_files import open_all, run_all
 from real_names import ENGINES, NETWORKS
 
 pytestmark = pytest.mark.needs_shared
 ONE_STEP, SHARE = 1, 0.999
 SAME_TOP1 = 0.995
-
-
-def open_all(path: Path, folder: Path) -> tuple[Path, list[str]]:
-    """Write the same file with every quantized tensor among its outputs."""
-    model = onnx.load(path)
-    types = {constant.name: constant.data_type for constant in model.graph.initializer}
-    names = []
-    for node in model.graph.node:
-        if node.op_type == "QuantizeLinear":
-            names.append(node.output[0])
-            info = onnx.helper.make_tensor_value_info(node.output[0], types[node.input[2]], None)
-            model.graph.output.append(info)
-    everything = folder / f"all-{path.name}"
-    onnx.save(model, everything)
-    return everything, names
-
-
-def run_all(
-    engine: str, path: Path, names: list[str], images: NDArray[np.float32]
-) -> list[NDArray[np.generic]]:
-    """Return the logits and the codes that the engine itself puts out."""
-    wanted = ["logits", *names]
-    if engine == "onnxruntime":
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return list(session.run(wanted, {"input": images}))
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    results = compiled(images)
-    return [np.array(results[name]) for name in wanted]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -115,6 +83,10 @@ def test_engine_and_reference_choose_the_same_class(
         with EngineProcess(runner) as process:
             # Rounding as the engine does: in a deep network one code that differs near a tie, multiplied by
             # the layers behind it, becomes as much as the quantization noise.
-            session = process.open(made.path, Setting(engine=runner, batch=16, rounding=engine))
+            rounding = rounding_of(engine, describe_host())
+            session = process.open(made.path, Setting(engine=runner, batch=16, rounding=rounding))
+            if runner == "openvino":  # the formulas are those of the kernels that run
+                kernels = [o.why for o in session.placement().operators if o.matrix]
+                assert any("_amx" in kernel for kernel in kernels) == (rounding == "openvino_amx")
             choices.append(session.logits(images.batches(16)).argmax(1))
     assert (choices[0] == choices[1]).mean() >= SAME_TOP1

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from fewbit.engines.process import EngineProcess
 from fewbit.engines.reference import Reference
 from fewbit.engines.session import Setting
-from fewbit.measure.host import describe_host
+from fewbit.measure.host import describe_host, rounding_of
 from real_names import ENGINES
 
 pytestmark = [
@@ -84,7 +84,7 @@ def test_every_code_is_the_engines_end_to_end(
     with EngineProcess(engine) as process:
         plain = process.open(made.path, Setting(engine=engine, batch=8)).run(images)
     np.testing.assert_array_equal(logits, plain)  # the extra outputs changed nothing
-    setting = Setting(engine="reference", rounding=engine)
+    setting = Setting(engine="reference", rounding=rounding_of(engine, describe_host()))
     record = Reference().open(made.path, setting).run_recorded(images)
     quantizers = {n.output[0]: n for n in onnx.load(made.path).graph.node if n.op_type == "QuantizeLinear"}
     for (tensor, _), value in zip(readers.items(), values, strict=True):
@@ -103,7 +103,7 @@ def test_logits_are_the_engines(
     found = []
     for runner in (engine, "reference"):
         with EngineProcess(runner) as process:
-            setting = Setting(engine=runner, batch=16, rounding=engine)
+            setting = Setting(engine=runner, batch=16, rounding=rounding_of(engine, describe_host()))
             found.append(process.open(made.path, setting).logits(images.batches(16)))
     # One code that differed anywhere would show here as far more than a float's rounding.
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4)

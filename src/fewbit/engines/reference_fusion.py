@@ -59,7 +59,8 @@ def fuse(graph: Graph, rounding: Rounding) -> Graph:
     Returns:
         The graph with its QuantizeLinear nodes, and what leads to them, replaced by nodes of kind
         "<engine>.<operator>": inputs of the operator, then scale and zero point of the output; the fused
-        activation's bounds are the attributes `low` and `high`.
+        activation's bounds are the attributes `low` and `high`. In those of "openvino_amx" `signed` is
+        1, and `signed_output` too where an operator reads the output.
     """
     if rounding == "exact":
         return graph
@@ -73,10 +74,22 @@ def fuse(graph: Graph, rounding: Rounding) -> Graph:
         found = rewrite(node, uses)
         if found is not None:
             new, swallowed = found
+            if rounding == "openvino_amx":
+                signed = {"signed": 1, "signed_output": int(_read_on(node.outputs[0], graph))}
+                new = replace(new, attributes=new.attributes | signed)
             made[node.outputs[0]] = new
             gone |= swallowed
     nodes = [made.get(node.outputs[0], node) for node in graph.nodes if node.outputs[0] not in gone]
     return replace(graph, nodes=tuple(nodes))
+
+
+def _read_on(name: str, graph: Graph) -> bool:
+    """Say whether an operator reads a tensor's values, rather than that they leave the file."""
+    return any(
+        node.kind != "DequantizeLinear" or _read_on(node.outputs[0], graph)
+        for node in graph.nodes
+        if name in node.inputs
+    )
 
 
 def _onnxruntime(node: Node, uses: _Uses) -> Found:
@@ -167,4 +180,5 @@ def _bounds(node: Node, uses: _Uses) -> tuple[float, float] | None:
 _REWRITES: dict[Rounding, Callable[[Node, _Uses], Found]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+    "openvino_amx": _openvino,
 }

@@ -1,14 +1,18 @@
 """How an engine rounds: its own float32 formulas in place of the normative ones, code for code.
 
 Everything here is float32 unless it says otherwise; each operation rounds. Sx, Zx: scale and zero point of
-a tensor x; y: the output. Found in the sources named below and checked on real networks, on a processor with
-AVX-512 VNNI; another kernel (AVX2, ARM) may order its operations otherwise.
+a tensor x; y: the output. Found in the sources named below and checked on real networks, on processors with
+AVX-512 VNNI, with AMX and without; another kernel (AVX2, ARM) may order its operations otherwise. With AMX
+OpenVINO leaves a signed tensor without a zero point in int8 where an operator reads it; elsewhere it moves
+every activation to uint8. Nodes of the rounding "openvino_amx" have attributes for it.
 
 Source: ONNX Runtime 1.31: onnxruntime/core/mlas/lib (quantize.cpp for Conv and Gemm, avx2/qladd_avx2.cpp,
 qlmul.cpp, qlgavgpool.cpp), core/providers/cpu/nn/lrn.cc, contrib_ops/cpu/quantization/quant_gemm.cc.
 OpenVINO 2026.4: src/plugins/intel_cpu/src (dnnl_postops_composer.cpp, nodes/fake_quantize.cpp),
-src/common/snippets/src/pass/fq_decomposition.cpp, src/common/low_precision_transformations/src/add.cpp. Which
-products and sums of OpenVINO are fused into one instruction was found by experiment.
+src/plugins/intel_cpu/src/transformations/transformation_pipeline.cpp (`input0LowPrecisionList`: where
+int8 is left), src/common/snippets/src/pass/fq_decomposition.cpp,
+src/common/low_precision_transformations/src/add.cpp. Which products and sums of OpenVINO are fused into one
+instruction was found by experiment.
 """
 
 from __future__ import annotations
@@ -136,21 +140,43 @@ def openvino_interval(scale: Array, zero_point: Array) -> tuple[np.float32, np.f
     return step * (np.float32(limits.min) - offset), step * (np.float32(limits.max) - offset)
 
 
-def openvino_grid(x: Coded) -> tuple[np.float32, np.float32]:
+def stays_signed(node: Node, key: str, kind: np.dtype[Any], zero_point: ArrayLike) -> bool:
+    """Say whether OpenVINO leaves a grid in int8: with AMX, an int8 one without a zero point.
+
+    `key` is the attribute that allows it: "signed", or "signed_output" for what the node puts out.
+    """
+    return bool(node.integer(key, 0)) and kind == np.int8 and int(np.asarray(zero_point)) == 0
+
+
+def openvino_grid(x: Coded, node: Node) -> tuple[np.float32, np.float32]:
     """Return scale and zero point that OpenVINO reads a tensor with: all activations become uint8.
 
     A grid of another type is taken as the interval ``(l, h)`` that it covers: ``S = (h - l) / 255`` and
-    ``Z = -255 l / (h - l)``, both in float32, so that Z may miss its whole number by a rounding.
+    ``Z = -255 l / (h - l)``, both in float32, so that Z may miss its whole number by a rounding. One that
+    stays signed has no zero point.
     """
+    if stays_signed(node, "signed", x.codes.dtype, x.zero_point):
+        return np.float32(x.scale), np.float32(0)
     if x.codes.dtype == np.uint8:
         return np.float32(x.scale), np.float32(x.zero_point)
     low, high = openvino_interval(x.scale, x.zero_point.astype(x.codes.dtype))
     return (high - low) / STEPS, -(STEPS * low) / (high - low)
 
 
+def openvino_held(x: Coded, node: Node) -> Floats:
+    """Return the codes that OpenVINO holds, uint8 or, where the grid stays signed, int8, as float32."""
+    signed = stays_signed(node, "signed", x.codes.dtype, x.zero_point)
+    lowest = 0 if signed else np.iinfo(x.codes.dtype).min
+    return np.asarray(x.codes.astype(np.float32) - np.float32(lowest))
+
+
 def openvino_codes(steps: Floats, node: Node, scale: Array, zero_point: Array) -> Array:
-    """Return codes in the type of the file: `steps` rounded in uint8, zero point in them, then moved."""
-    codes = np.rint(steps) + np.float32(np.iinfo(zero_point.dtype).min)
+    """Return codes in the type of the file: `steps` rounded in uint8, zero point in them, then moved.
+
+    Where the grid stays signed, `steps` have no zero point.
+    """
+    signed = stays_signed(node, "signed_output", zero_point.dtype, zero_point)
+    codes = np.rint(steps) + np.float32(0 if signed else np.iinfo(zero_point.dtype).min)
     return to_codes(codes, node, scale, zero_point, added=True)
 
 
@@ -158,7 +184,7 @@ def openvino_sums_to_float(node: Node, arguments: Given) -> Floats:
     """Conv, Gemm without a quantizer: ``float32(acc) (Sx Sw[o]) + b``, each step rounded."""
     x, w, b = [*arguments, None][:3]
     sums, _, _ = accumulate(node, [x, w, None])
-    values = sums.astype(np.float32) * along(openvino_grid(x)[0] * w.scale, sums)
+    values = sums.astype(np.float32) * along(openvino_grid(x, node)[0] * w.scale, sums)
     return np.asarray(values if b is None else values + along(floats(b), sums))
 
 
@@ -171,14 +197,15 @@ def openvino_conv(node: Node, arguments: Given) -> Array:
     """Conv with its FakeQuantize: ``rint(y F'')``, or with a zero point ``rint(fma(y, F, Z))``.
 
     ``F = 255 / (h - l)`` and ``Z = -255 l / (h - l)`` with the interval (l, h) of the output grid; F'' is F
-    twice inverted.
+    twice inverted. A grid that stays signed has no zero point.
     """
     *inputs, scale, zero_point = arguments
     values = openvino_sums_to_float(node, inputs)
     low, high = openvino_interval(scale, zero_point)
     factor = STEPS / (high - low)
     shift = -low * STEPS / (high - low)
-    small = abs(shift) < STEPS * np.float32(1e-5)
+    signed = stays_signed(node, "signed_output", zero_point.dtype, zero_point)
+    small = signed or abs(shift) < STEPS * np.float32(1e-5)
     steps = values * twice_inverted(factor) if small else fused_multiply_add(values, factor, shift)
     return openvino_codes(steps, node, scale, zero_point)
 
@@ -186,10 +213,14 @@ def openvino_conv(node: Node, arguments: Given) -> Array:
 def openvino_fake_quantize(
     x: Floats, interval: tuple[np.float32, np.float32], node: Node, scale: Array, zero_point: Array
 ) -> Array:
-    """FakeQuantize in a generated kernel: ``rint(clamp(x, l, h) F - l F)``, ``F = 255 / (h - l)``."""
+    """FakeQuantize in a generated kernel: ``rint(clamp(x, l, h) F - l F)``, ``F = 255 / (h - l)``.
+
+    For a grid that stays signed ``rint(x F)``, saturated.
+    """
     low, high = interval
     factor = STEPS / (high - low)
-    steps = x.clip(low, high) * factor - low * factor
+    signed = stays_signed(node, "signed_output", zero_point.dtype, zero_point)
+    steps = x * factor if signed else x.clip(low, high) * factor - low * factor
     return openvino_codes(steps, node, scale, zero_point)
 
 
@@ -202,15 +233,15 @@ def openvino_quantize(node: Node, arguments: Given) -> Array:
 def openvino_residual(node: Node, arguments: Given) -> Array:
     """Add of codes and a Conv in float, then FakeQuantize, all in steps of the codes' grid (S, Z).
 
-    ``v = (y - Z S) (1 / S)'' + q``, then FakeQuantize with ``l / S`` and ``h / S``.
+    ``v = (y - Z S) (1 / S)'' + q``, then FakeQuantize with ``l / S`` and ``h / S``. Without AMX not exact at
+    ties where the codes are signed and no convolution reads them (a projection shortcut).
     """
     other, *inputs, scale, zero_point = arguments
     assert isinstance(other, Coded)
     values = openvino_sums_to_float(node, inputs)
-    step, offset = openvino_grid(other)
+    step, offset = openvino_grid(other, node)
     values = (values - offset * step) * twice_inverted(np.float32(1) / step)
-    lowest = np.float32(np.iinfo(other.codes.dtype).min)
-    values = values + (other.codes.astype(np.float32) - lowest)
+    values = values + openvino_held(other, node)
     low, high = openvino_interval(scale, zero_point)
     return openvino_fake_quantize(values, (low / step, high / step), node, scale, zero_point)
 
@@ -219,9 +250,8 @@ def openvino_global_average(node: Node, arguments: Given) -> Array:
     """GlobalAveragePool: ``m = sum q / (H W) - Z`` in steps of the input, then its FakeQuantize."""
     x, scale, zero_point = arguments
     axes = tuple(range(2, x.codes.ndim))
-    step, offset = openvino_grid(x)
-    lowest = int(np.iinfo(x.codes.dtype).min)
-    sums = (x.codes.astype(np.int64) - lowest).sum(axis=axes, keepdims=True)
+    step, offset = openvino_grid(x, node)
+    sums = openvino_held(x, node).sum(axis=axes, keepdims=True, dtype=np.float64)  # whole numbers: exact
     means = sums.astype(np.float32) / np.float32(np.prod(x.codes.shape[2:])) - offset
     low, high = openvino_interval(scale, zero_point)
     return openvino_fake_quantize(means, (low / step, high / step), node, scale, zero_point)

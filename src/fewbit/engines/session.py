@@ -13,7 +13,7 @@ from fewbit.spec import Frozen
 
 EngineName = Literal["onnxruntime", "openvino", "reference"]
 FloatPrecision = Literal["float32", "bf16"]
-Rounding = Literal["exact", "onnxruntime", "openvino"]
+Rounding = Literal["exact", "onnxruntime", "openvino", "openvino_amx"]
 
 # Operators that only convert, move or relabel values: neither integer nor float work.
 CONVERTING = frozenset(
@@ -35,7 +35,8 @@ class Setting(Frozen):
         batch: Images in one call.
         threads: Threads of the whole run.
         streams: Calls in flight at the same time; each has threads / streams threads.
-        rounding: How the reference engine rounds: as the arithmetic is defined, or as an engine does; the
+        rounding: How the reference engine rounds: as the arithmetic is defined, or as an engine does
+            ("openvino_amx": as OpenVINO on a processor with AMX, see `fewbit.measure.host.rounding_of`); the
             engines themselves do not read it.
     """
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from fewbit.engines.session import EngineName, Rounding
 from fewbit.spec import Frozen
 
 # What the instruction sets are called here, and in /proc/cpuinfo (x86 "flags", Arm "Features") or macOS'
@@ -96,6 +97,24 @@ def describe_host() -> Host:
         bf16=bool(_NATIVE_BF16.intersection(isa)),
         saturates_u8s8=machine in _X86 and not _VNNI.intersection(isa),
     )
+
+
+def rounding_of(engine: EngineName, host: Host) -> Rounding:
+    """Return what the reference must round as, to give the codes of an engine on a machine.
+
+    OpenVINO leaves signed activations in int8 where oneDNN may use AMX, which ``ONEDNN_MAX_CPU_ISA`` limits.
+
+    >>> host = Host(cpu="EPYC", isa=("avx512_vnni",), cores=8, memory_bytes=2**30, os="Linux")
+    >>> rounding_of("openvino", host)
+    'openvino'
+    """
+    if engine == "reference":
+        return "exact"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    allowed = limit in ("ALL", "DEFAULT") or "AMX" in limit
+    if engine == "openvino" and allowed and {"amx_int8", "amx_bf16"} <= set(host.isa):
+        return "openvino_amx"
+    return engine
 
 
 def usable_cores() -> int:

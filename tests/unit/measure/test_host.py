@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from fewbit.engines.session import EngineName, Rounding
 from fewbit.measure import host
-from fewbit.measure.host import Host, describe_host, read_cpuinfo, usable_cores, usable_memory, versions
+from fewbit.measure.host import (
+    Host,
+    describe_host,
+    read_cpuinfo,
+    rounding_of,
+    usable_cores,
+    usable_memory,
+    versions,
+)
 
 
 def test_this_host() -> None:
@@ -48,6 +57,30 @@ def test_saturation_and_bf16_follow_from_the_instruction_sets(
     monkeypatch.setattr(host, "_processor", lambda: ("Some CPU", frozenset(flags.split())))
     found = describe_host()
     assert (found.saturates_u8s8, found.bf16, found.cpu) == (saturates, bf16, "Some CPU")
+
+
+@pytest.mark.parametrize(
+    ("engine", "isa", "limit", "wanted"),
+    [
+        ("openvino", ("avx512_vnni",), None, "openvino"),
+        ("openvino", ("avx512_vnni", "amx_int8", "amx_bf16"), None, "openvino_amx"),
+        ("openvino", ("avx512_vnni", "amx_int8", "amx_bf16"), "avx512_core_amx", "openvino_amx"),
+        ("openvino", ("avx512_vnni", "amx_int8", "amx_bf16"), "AVX512_CORE_VNNI", "openvino"),
+        ("onnxruntime", ("avx512_vnni", "amx_int8", "amx_bf16"), None, "onnxruntime"),
+        ("reference", ("avx512_vnni", "amx_int8", "amx_bf16"), None, "exact"),
+    ],
+)
+def test_the_reference_rounds_as_the_engine_does_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+    engine: EngineName,
+    isa: tuple[str, ...],
+    limit: str | None,
+    wanted: Rounding,
+) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert rounding_of(engine, Host(cpu="", isa=isa, cores=1, memory_bytes=1, os="")) == wanted
 
 
 def test_cpuinfo_of_x86_and_arm() -> None:

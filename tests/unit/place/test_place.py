@@ -6,7 +6,7 @@ from fewbit.errors import RecipeError
 from fewbit.net import Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.recipe import read_recipe, run_recipe
-from fewbit.spec import QuantSpec, Rule
+from fewbit.spec import QuantSpec, Rule, Scheme
 from networks import make_context, make_net, quantize
 
 
@@ -116,3 +116,81 @@ def test_dynamic_reads_each_tensor_through_one_quantizer() -> None:
     net = quantize("branches", "int8-dynamic")
     dynamic = [layer.inputs[0] for layer in net.layers() if isinstance(layer.module, DynamicQuantizer)]
     assert len(dynamic) == len(set(dynamic)) >= 3
+
+
+# What a layer reads
+
+
+def with_rules(
+    name: str, *rules: Rule, engine: str = "onnxruntime", mode: str = "static", bits: int = 4
+) -> Net:
+    scheme = Scheme.from_data({"mode": mode, "activations": {"bits": bits}})
+    scheme = scheme.model_copy(update={"rules": rules})
+    recipe = read_recipe("int8").model_copy(update={"scheme": scheme})
+    return run_recipe(recipe, make_net(name), make_context(engine))[0]
+
+
+def bits_of(net: Net) -> dict[str, int]:
+    """Return the bits of each quantized tensor."""
+    return {
+        layer.inputs[0]: layer.module.spec.bits
+        for layer in net.layers()
+        if isinstance(layer.module, Quantizer | DynamicQuantizer)
+    }
+
+
+EIGHT, SIX = QuantSpec(bits=8), QuantSpec(bits=6)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_rule_gives_what_a_layer_reads_its_own_width(engine: str) -> None:
+    found = bits_of(with_rules("residual", Rule(match="last", inputs=EIGHT), engine=engine))
+    assert {name for name, bits in found.items() if bits == 8} == {"mean", "mean_flatten"}
+    assert {bits for name, bits in found.items() if not name.startswith("mean")} == {4}
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_image_has_a_rule_of_its_own(engine: str) -> None:
+    found = bits_of(with_rules("residual", Rule(match="input", activations=EIGHT), engine=engine))
+    assert {name for name, bits in found.items() if bits == 8} == {"input"}
+
+
+def test_the_first_layer_says_what_the_image_is_rounded_to() -> None:
+    found = bits_of(with_rules("residual", Rule(match="first", inputs=SIX)))
+    assert {name for name, bits in found.items() if bits == 6} == {"input"}
+    both = (Rule(match="input", activations=EIGHT), Rule(match="first", inputs=SIX))
+    assert bits_of(with_rules("residual", *both))["input"] == 6  # who reads it goes before who makes it
+
+
+def test_the_finest_of_several_readers_counts() -> None:
+    rules = (Rule(match="a", inputs=SIX), Rule(match="b", inputs=QuantSpec(bits=5)))
+    for order in (rules, rules[::-1]):
+        assert bits_of(with_rules("branches", *order))["input"] == 6
+
+
+def test_tensors_that_share_a_quantizer_are_asked_for_together() -> None:
+    found = bits_of(with_rules("branches", Rule(match="c", inputs=EIGHT)))
+    joined = {name for name, bits in found.items() if bits == 8}
+    assert {"relu.0", "relu.1", "cat"} <= joined and "input" not in joined and "cat_1" not in joined
+
+
+def test_a_layer_in_float_asks_for_nothing() -> None:
+    rule = Rule(match="conv1", keep_float=True, inputs=EIGHT)
+    assert set(bits_of(with_rules("residual", rule)).values()) == {4}
+
+
+def test_the_target_narrows_what_a_reader_asks_for() -> None:
+    net = with_rules("residual", Rule(match="first", inputs=EIGHT), engine="openvino")
+    (first,) = (layer.module for layer in net.layers() if layer.inputs == ("input",))
+    assert isinstance(first, Quantizer) and first.spec.symmetric and first.spec.signed
+    assert float(first.zero_point) == 0
+
+
+def test_run_time_grids_heed_what_a_layer_reads_too() -> None:
+    found = bits_of(with_rules("branches", Rule(match="b", inputs=SIX), mode="dynamic", bits=8))
+    assert found["input"] == 6 and sorted(found.values())[1:] == [8, 8]
+
+
+def test_a_layer_that_is_called_input_does_not_exist() -> None:
+    with pytest.raises(RecipeError, match=r"rule 'inputs'.*no layer of residual matches"):
+        with_rules("residual", Rule(match="inputs", activations=EIGHT))

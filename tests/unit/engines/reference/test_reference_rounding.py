@@ -6,8 +6,10 @@ import pytest
 
 from fewbit.engines import reference_rounding
 from fewbit.engines.openvino import OpenVino
+from fewbit.engines.process import EngineProcess
 from fewbit.engines.reference import Reference
 from fewbit.engines.session import Setting
+from fewbit.measure.host import describe_host, rounding_of
 
 X_SCALE, W_SCALE = 0.1, 0.05
 
@@ -45,7 +47,13 @@ def residual(file, x):
     return file.node("Relu", file.node("Add", x, conv(file, x)))
 
 
-def open_both(file, path, scale, zero_point, body, engine):
+def shortcut(file, x):
+    """A sum whose terms only it reads, and a convolution behind it."""
+    total = file.node("Add", file.grid(conv(file, x, "short"), 0.05, 0, np.int8), conv(file, x, "main"))
+    return conv(file, file.grid(total, 0.03, 0, np.int8), "last")
+
+
+def open_both(file, path, scale, zero_point, body, rounding):
     """Write a network of one body; return the codes of both roundings, given images."""
     x = file.grid("input", X_SCALE, 128)
     codes = file.quantize(body(file, x), scale, zero_point)
@@ -56,7 +64,7 @@ def open_both(file, path, scale, zero_point, body, engine):
         setting = Setting(engine="reference", rounding=rounding)
         return Reference().open(path / "small.onnx", setting).run(images())
 
-    return output, run("exact"), run(engine)
+    return output, run("exact"), run(rounding)
 
 
 @pytest.mark.parametrize("body", [relu_conv, conv, add, multiply, average])
@@ -78,11 +86,33 @@ def test_codes_are_onnxruntimes(body, File, tmp_path):
 def test_codes_are_openvinos(body, File, tmp_path):
     file = File(4, 12, 12)
     scale, zero_point = (0.02, 128) if body is conv else (0.01, 0)
-    _, exact, followed = open_both(file, tmp_path, scale, zero_point, body, "openvino")
+    rounding = rounding_of("openvino", describe_host())
+    _, exact, followed = open_both(file, tmp_path, scale, zero_point, body, rounding)
     session = OpenVino().open(tmp_path / "small.onnx", Setting(engine="openvino", batch=64))
     theirs = session.run(images())
     np.testing.assert_allclose(followed, theirs, rtol=1e-6)
     assert (np.abs(exact - theirs) > scale / 2).any()
+
+
+@pytest.mark.parametrize("body", [conv, residual, shortcut])
+@pytest.mark.parametrize("isa", ["AVX512_CORE_VNNI", "ALL"])
+def test_signed_codes_are_openvinos_with_amx_and_without(body, isa, File, tmp_path, monkeypatch):
+    if "avx512_vnni" not in describe_host().isa:
+        pytest.skip("the formulas are those of AVX-512 VNNI and AMX, which this processor lacks")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)  # read once a process, so OpenVINO needs one of its own
+    file, scale = File(4, 12, 12), 0.02
+    x = file.grid(conv(file, file.grid("input", X_SCALE, 0, np.int8), "first"), X_SCALE, 0, np.int8)
+    file.open(tmp_path, file.grid(body(file, x), scale, 0, np.int8))
+    path = tmp_path / "small.onnx"
+    with EngineProcess("openvino") as process:
+        theirs = process.open(path, Setting(engine="openvino", batch=64)).run(images())
+    codes = {
+        rounding: Reference().open(path, Setting(engine="reference", rounding=rounding)).run(images())
+        for rounding in ("openvino", "openvino_amx")
+    }
+    followed = codes.pop(rounding_of("openvino", describe_host()))
+    np.testing.assert_allclose(followed, theirs, rtol=1e-6)
+    assert (np.abs(codes.popitem()[1] - theirs) > scale / 2).any()  # the other one differs, at ties
 
 
 def test_exact_rounding_leaves_the_graph_alone(File, tmp_path):
