@@ -17,6 +17,7 @@ from fewbit.improve.norm import restore_norm
 from fewbit.net import Layer, Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer, QuantLinear
 from fewbit.ranges.calibrate import input_quantizer
+from fewbit.spec import Scheme
 from fewbit.step import Context, Step, StepReport
 
 _INT32_MAX = 2**31 - 1
@@ -64,6 +65,10 @@ class CorrectBias(Step):
     method: Literal["empirical", "analytic"] = "empirical"
     images: int = Field(128, ge=1)
     norm: bool = False
+
+    def reads_images(self, scheme: Scheme) -> bool:
+        """Tell whether it takes the mean error from images."""
+        return self.method == "empirical"
 
     def __call__(self, net: Net, context: Context) -> StepReport:
         """Correct in place."""

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from fewbit import ops
 from fewbit.net import Layer, Net
 from fewbit.place.quantizer import DynamicQuantizer, Quantizer
+from fewbit.prepare.fold_bn import normal_of
 
 _SAME = frozenset({"Identity", "Dropout", "DropPath", "Flatten", "Reshape"})
 _SAME_MEAN = frozenset({"AvgPool", "GlobalAvgPool", "Upsample", "Mean"})
 _SMALLEST = 1e-30
+_PHOTOGRAPH = 0.45, 0.25  # mean and deviation of photographs, as fractions from black to white
 
 
 @dataclass(frozen=True)
@@ -66,31 +69,63 @@ def _density(x: Tensor) -> Tensor:
 
 
 def expected_inputs(net: Net) -> dict[fx.Node, Tensor]:
-    """Return E[x] of each input channel of each convolution and matrix product where it can be told.
+    """Return E[x] of each input channel of each convolution and matrix product where it can be told."""
+    known = moments_of(net)
+    return {
+        layer.node: spread(layer.module, known[source].mean)
+        for layer in net.layers()
+        if isinstance(layer.module, nn.Conv2d | nn.Linear)
+        and (source := layer.node.all_input_nodes[0]) in known
+    }
 
-    The image counts as 0 on average, as normalisation makes it. Zero padding is not looked at.
+
+def moments_of(net: Net) -> dict[fx.Node, Moments]:
+    """Return the moments of each tensor where they can be told.
+
+    The image has the mean and deviation of photographs. Terms of sums count as independent; zero padding is
+    not looked at.
     """
-    known: dict[fx.Node, Moments] = {}
     image = next(node for node in net.graph.graph.nodes if node.op == "placeholder")
-    known[image] = Moments(torch.zeros(net.input_size[0], dtype=torch.float64))
-    inputs: dict[fx.Node, Tensor] = {}
+    known = {image: image_moments(net)}
     for layer in net.layers():
         sources = [known.get(source) for source in layer.node.all_input_nodes]
         read = [source for source in sources if source is not None]
-        if isinstance(layer.module, nn.Conv2d | nn.Linear) and read:
-            inputs[layer.node] = _spread(layer.module, read[0].mean)
         found = _moments(net, layer, read, known) if len(read) == len(sources) else _of_layer(net, layer)
         if found is not None:
             known[layer.node] = found
-    return inputs
+    return known
+
+
+def image_moments(net: Net) -> Moments:
+    """Return the moments of an image: those of photographs, or 0 and 1 where no card tells what black is."""
+    if net.image_range is None:
+        zeros = torch.zeros(net.input_size[0], dtype=torch.float64)
+        return Moments(zeros, torch.ones_like(zeros))
+    low, high = (torch.tensor(end, dtype=torch.float64) for end in net.image_range)
+    mean, deviation = _PHOTOGRAPH
+    return Moments(low + mean * (high - low), (deviation * (high - low)) ** 2)
 
 
 def _of_layer(net: Net, layer: Layer) -> Moments | None:
-    """Return what a folded BatchNorm said of a layer's output."""
+    """Return what a BatchNorm says of a layer's output: one folded into the layer, or the layer itself."""
     normal = net.statistics.get(layer.name)
-    if normal is None or not isinstance(layer.module, nn.Conv2d | nn.Linear):
-        return None
-    return Moments(normal.mean, normal.std**2)
+    if isinstance(layer.module, nn.BatchNorm2d | nn.BatchNorm1d):
+        normal = normal_of(layer.module)
+    return None if normal is None else Moments(normal.mean, normal.std**2)
+
+
+def _of_sums(module: nn.Conv2d | nn.Linear, read: Moments) -> Moments:
+    """Return the moments of weighted sums of independent inputs."""
+    groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    weight = module.weight.detach().double()
+    rows = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+    def add(values: Tensor, factors: Tensor) -> Tensor:
+        return (factors.sum(3) * spread(module, values).reshape(groups, 1, -1)).sum(2).reshape(-1)
+
+    mean = add(read.mean, rows)
+    mean = mean if module.bias is None else mean + module.bias.detach().double()
+    return Moments(mean, None if read.variance is None else add(read.variance, rows.square()))
 
 
 def _moments(
@@ -98,12 +133,16 @@ def _moments(
 ) -> Moments | None:
     """Return the moments of a layer's output, all of whose inputs are known."""
     module = layer.module
+    told = _of_layer(net, layer)
+    if told is not None:
+        return told
     if isinstance(module, nn.Conv2d | nn.Linear):
-        return _of_layer(net, layer)
+        return _of_sums(module, read[0])
     if isinstance(module, Quantizer | DynamicQuantizer) or layer.kind in _SAME:
         return read[0]
     if layer.kind in _SAME_MEAN:
-        return Moments(read[0].mean)
+        keeps = not isinstance(module, ops.Mean) or set(module.dims) <= {2, 3}
+        return Moments(read[0].mean) if keeps else None
     variances = [moments.variance for moments in read if moments.variance is not None]
     if layer.kind == "Concat" and isinstance(module, ops.Concat) and module.dim == 1:
         mean = torch.cat([moments.mean for moments in read])
@@ -111,6 +150,8 @@ def _moments(
     if layer.kind == "Add" and len(read) == 2 and read[0].mean.shape == read[1].mean.shape:
         total = variances[0] + variances[1] if len(variances) == 2 else None
         return Moments(read[0].mean + read[1].mean, total)
+    if isinstance(module, ops.Pad | ops.Slice):
+        return _moved(module, read[0])
     if isinstance(module, ops.Minimum):
         return _capped(net, layer.node, module, known)
     if variances and isinstance(module, nn.ReLU):
@@ -118,6 +159,20 @@ def _moments(
     if variances and isinstance(module, ops.Clip):
         return clipped(read[0], module.low, module.high)
     return None
+
+
+def _moved(module: ops.Pad | ops.Slice, read: Moments) -> Moments:
+    """Return the moments of padded channels, which hold one value, or of those that a slice takes."""
+    variance = None
+    if isinstance(module, ops.Slice):
+        start, stop, step = module.ranges.get(1, (0, None, 1))
+        if read.variance is not None:
+            variance = read.variance[start:stop:step]
+        return Moments(read.mean[start:stop:step], variance)
+    before, after = module.pads[1]
+    if read.variance is not None:
+        variance = F.pad(read.variance, (before, after))
+    return Moments(F.pad(read.mean, (before, after), value=module.value), variance)
 
 
 def _capped(
@@ -136,7 +191,7 @@ def _capped(
     return None
 
 
-def _spread(module: nn.Conv2d | nn.Linear, mean: Tensor) -> Tensor:
-    """Return one mean for each input of a layer; a matrix product may read n values a channel."""
+def spread(module: nn.Conv2d | nn.Linear, values: Tensor) -> Tensor:
+    """Return one value for each input of a layer; a matrix product may read n values a channel."""
     inputs = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
-    return mean.repeat_interleave(inputs // len(mean))
+    return values.repeat_interleave(inputs // len(values))

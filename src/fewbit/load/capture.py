@@ -49,9 +49,12 @@ def load(card: Card, seed: int = 0) -> Net:
     if card.source.kind == "onnx":
         from fewbit.load.onnx_in import load_onnx
 
-        return load_onnx(card)
-    model = build_model(card, seed)
-    return capture(model, card.network.name, card.input.size, card.network.classes)
+        net = load_onnx(card)
+    else:
+        model = build_model(card, seed)
+        net = capture(model, card.network.name, card.input.size, card.network.classes)
+    net.image_range = card.input.value_range
+    return net
 
 
 def capture(model: nn.Module, name: str, input_size: tuple[int, int, int], classes: int | None = None) -> Net:

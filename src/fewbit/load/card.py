@@ -169,6 +169,13 @@ class InputSection(Frozen):
         """(H, W) of the crop."""
         return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
 
+    @property
+    def value_range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(lowest, highest) value of each channel of an image: of the pixels 0 and 255."""
+        norms = tuple(zip(self.mean, self.std, strict=True))
+        low, high = (tuple((pixel / self.scale - m) / s for m, s in norms) for pixel in (0, 255))
+        return low, high
+
     @field_validator("size", mode="before")
     @classmethod
     def _check_size(cls, value: Any) -> Any:

@@ -14,7 +14,7 @@ from fewbit.errors import ModelFileError, first_line
 
 OLDEST_OPSET = 11
 _DOMAINS = ("", "ai.onnx")
-_QUANTIZED = {
+QUANTIZED = {
     *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"),
     *("QLinearConv", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QLinearConcat", "QGemm", "MatMulNBits"),
     *("QLinearGlobalAveragePool", "QLinearAveragePool", "QLinearSigmoid", "QLinearLeakyRelu"),
@@ -48,7 +48,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             line = first_line(reason)
             raise ModelFileError(f"{path}: is damaged or no valid ONNX ({line}); export it again") from reason
     for node in model.graph.node:
-        if node.op_type in _QUANTIZED:
+        if node.op_type in QUANTIZED:
             raise ModelFileError(
                 f"{path}: is already quantized (operator {node.op_type}, node '{name_of(node)}'); "
                 "give the float32 file that it was made from"

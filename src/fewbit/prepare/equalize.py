@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,10 +24,12 @@ from fewbit.prepare.joints import (
     scale_outputs,
     set_parameters,
 )
+from fewbit.spec import Scheme
 from fewbit.step import Context, Step, StepReport
 
 _FARTHEST = 1e3
 _DEVIATIONS = 6.0
+_TINY = 1e-30
 
 
 class Equalize(Step):
@@ -44,8 +46,8 @@ class Equalize(Step):
     A clip to [0, K] passes no factor and stays as it is: a channel that reaches K on the calibration images
     keeps its scale, another is scaled only so far that it stays below K, and no image seen changes. With
     caps a channel that reaches K may shrink too, for a minimum with K / s_i behind the clip then cuts it
-    where it was cut before. Without images the reach is mean + 6 std of the folded BatchNorm; without that
-    too, such joints stay.
+    where it was cut before. Where no images are shown the reach is mean + 6 std of the folded BatchNorm;
+    without that too, such joints stay.
 
     Attributes:
         sweeps: Most visits to each joint.
@@ -53,11 +55,16 @@ class Equalize(Step):
         headroom: Of a channel below a clip, as a fraction of its reach: room for images not seen.
         caps: Shrink channels that reach a clip too. One scale for all weights of a tensor needs it; engines
             compute the minimum in float, so with a scale a channel it costs time for nothing.
+        keep_ranges: No channel comes to reach further, mean + 6 std, than the farthest of its tensor did,
+            where a BatchNorm told it: one with small weights and a large bias would else widen the range of
+            all. The middle factor is 1 then, unless a clip sets the scale.
+        images: See on the images how far channels below a clip reach.
 
     Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", 2019,
     arXiv 1906.04721, section 4.1.
     Differs: ReLU6 stays, capped per channel or not, where the paper replaces it by ReLU (which leaves
-    MobileNet v1 0.25 10 % top-1 of 58 %); beside channels that keep their scale, factors are relative to
+    MobileNet v1 0.25 10 % top-1 of 58 %); ranges of activations are kept, where the paper leaves them to
+    absorption, which padded readers forbid; beside channels that keep their scale, factors are relative to
     their ranges, s_i^2 = (r1_i / r2_i) / (max r1_kept / max r2_kept); a tensor that several layers read is
     scaled, r2_i being the largest of their ranges; factors stay within 1e-3 and 1e3; a channel with
     r1_i = 0 or r2_i = 0 stays.
@@ -71,14 +78,23 @@ class Equalize(Step):
     tolerance: float = Field(1e-3, gt=0)
     headroom: float = Field(1.0, ge=0)
     caps: bool = False
+    keep_ranges: bool = True
+    images: bool = True
+
+    def reads_images(self, scheme: Scheme) -> bool:
+        """Tell whether it takes the reach of channels below a clip from images."""
+        return self.images
 
     def __call__(self, net: Net, context: Context) -> StepReport:
         """Equalize in place."""
         found = find_joints(net)
-        reaches = _reaches(net, found, context)
+        reaches = _reaches(net, found, context.batches() if self.images else ())
         joints = [
             _Scaled(joint, reaches, self.headroom, self.caps) for joint in found if _is_known(joint, reaches)
         ]
+        if self.keep_ranges:
+            for scaled in joints:
+                scaled.keep_range(net.statistics.get(scaled.joint.producer.name))
         weights = double_weights([layer for scaled in joints for layer in scaled.layers])
         for _ in range(self.sweeps):
             moved = [scaled.equalize(weights) for scaled in joints]
@@ -130,6 +146,7 @@ class _Scaled:
         self.joint = joint
         self.capped: dict[fx.Node, Tensor] = {}
         self.kept = torch.zeros(joint.channels, dtype=torch.bool)
+        self.relative = False
         self.factors = torch.ones(joint.channels, dtype=torch.float64)
         self.least = torch.full_like(self.factors, 1 / _FARTHEST)
         for clip in joint.clips:
@@ -151,6 +168,16 @@ class _Scaled:
         """Some factor is not 1."""
         return bool((self.factors != 1).any())
 
+    def keep_range(self, normal: Normal | None) -> None:
+        """Let no channel come to reach further than the farthest one does, where a BatchNorm told how far."""
+        if normal is None:
+            return
+        cut = any(layer.kind in ("Relu", "Clip") for layer in self.joint.between)
+        reach = (normal.mean if cut else normal.mean.abs()) + _DEVIATIONS * normal.std
+        part = reach.clamp(min=0) / reach.max().clamp(min=_TINY)
+        self.least = torch.maximum(self.least, part)
+        self.relative = not self.joint.clips
+
     def equalize(self, weights: dict[fx.Node, Tensor]) -> float:
         """Scale the weights once and return the largest |log s|."""
         producer, channels = self.joint.producer.node, self.joint.channels
@@ -159,6 +186,8 @@ class _Scaled:
             [input_ranges(matrix_of(reader), weights[reader.node], channels) for reader in self.joint.readers]
         ).amax(0)
         wanted = self.factors * factors_of(r1, r2, self.kept)
+        if self.relative:  # a factor that all channels share changes no range but by itself
+            wanted = wanted / wanted.median()
         wanted = torch.where(self.kept, 1.0, wanted.clamp(max=_FARTHEST).maximum(self.least))
         step = wanted / self.factors
         weights[producer] = scale_outputs(weights[producer], 1 / step)
@@ -168,7 +197,7 @@ class _Scaled:
         return float(step.log().abs().max())
 
 
-def _reaches(net: Net, joints: Sequence[Joint], context: Context) -> dict[fx.Node, _Reach]:
+def _reaches(net: Net, joints: Sequence[Joint], batches: Iterable[Tensor]) -> dict[fx.Node, _Reach]:
     """Return the reach of the clips in joints, from the images or else from the folded statistics."""
     clips = {clip.node: (clip, joint) for joint in joints for clip in joint.clips}
     if not clips:
@@ -179,7 +208,7 @@ def _reaches(net: Net, joints: Sequence[Joint], context: Context) -> dict[fx.Nod
         for node, (clip, _) in clips.items()
     ]
     with torch.no_grad():
-        for batch in context.batches():
+        for batch in batches:
             net(batch)
     for handle in handles:
         handle.remove()

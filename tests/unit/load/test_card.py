@@ -9,8 +9,10 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fewbit.data.demo import demo_cards
 from fewbit.errors import CardError
-from fewbit.load.card import Card, Source, card_from_options, parse_source, read_card
+from fewbit.load.capture import load
+from fewbit.load.card import Card, InputSection, Source, card_from_options, parse_source, read_card
 
 NETWORK: dict[str, Any] = {
     "name": "tiny",
@@ -67,6 +69,14 @@ def test_a_card_says_everything(folder: Path) -> None:
     assert card.input.size == (3, 32, 32)
     assert (card.input.scale, card.input.channels, card.input.interpolation) == (255.0, "rgb", "bilinear")
     assert card.expected is not None and card.expected.top5_correct == 99
+
+
+def test_the_range_of_values_is_that_of_black_and_white() -> None:
+    card = read_card(demo_cards()[0])
+    assert card.input.value_range == ((-2.0,) * 3, (2.0,) * 3)
+    section = InputSection(size=(3, 8, 8), scale=1.0, mean=(0.0, 10.0, 20.0), std=(1.0, 5.0, 2.0))
+    assert section.value_range == ((0.0, -2.0, -10.0), (255.0, 49.0, 117.5))
+    assert load(card).image_range == card.input.value_range
 
 
 def test_optional_parts_may_be_left_out(folder: Path) -> None:
