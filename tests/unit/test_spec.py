@@ -171,6 +171,21 @@ def test_symmetric_activations_have_signed_codes() -> None:
     assert not Scheme().activations.signed
 
 
+def test_what_a_layer_reads_is_checked_as_activations_are() -> None:
+    rule = Rule.from_data({"match": "last", "inputs": {"bits": 8, "symmetric": True}})
+    assert rule.inputs is not None and rule.inputs.signed and rule.activations is None
+    assert Rule.from_toml(rule.to_toml()) == rule and Rule.from_data(rule.model_dump()) == rule
+    plain = Rule(match="last")
+    assert plain.inputs is None and plain.digest() != rule.digest()
+    for wrong, message in (
+        ({"granularity": "channel"}, "activations have one scale a tensor; give granularity"),
+        ({"bits": 1}, "the uniform grid has 2 to 8 bits"),
+        ({"grid": "power"}, "activations are on the uniform grid"),
+    ):
+        with pytest.raises(RecipeError, match=f"data: key 'inputs' is .*: {message}"):
+            Rule.from_data({"match": "last", "inputs": wrong})
+
+
 def test_none_is_left_out_of_toml() -> None:
     rule = Rule(match="fc", keep_float=True)
     assert rule.to_toml() == 'match = "fc"\nkeep_float = true\n'

@@ -31,8 +31,8 @@ def starting_v(fraction: Tensor) -> Tensor:
     """Return V with h(V) = fraction, so that soft rounding starts at the weight itself.
 
     Example:
-        >>> [round(v, 6) for v in starting_v(torch.tensor([0.1, 0.25, 0.5])).tolist()]
-        [-1.609438, -0.887303, 0.0]
+        >>> [round(v, 6) for v in starting_v(torch.tensor([0.1, 0.25, 0.9])).tolist()]
+        [-1.609438, -0.887303, 1.609438]
     """
     return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
 

@@ -107,15 +107,19 @@ class _Plan:
 
         The finest that the rule of a reader asks for, else of a layer that makes one of them.
         """
+        read = self.inputs_spec(group)
+        if read is not None:
+            return read
+        rules = [self.rule(name) for node in group for name in self._makers(node)]
+        asked = [rule.activations for rule in rules if rule is not None and rule.activations is not None]
+        return self._narrowed(max(asked, key=lambda spec: spec.bits, default=self.scheme.activations))
+
+    def inputs_spec(self, group: Iterable[fx.Node]) -> QuantSpec | None:
+        """Return the finest grid that the rule of a layer which reads one of a group's tensors asks for."""
         readers = [self.layers[user] for node in group for user in node.users if user in self.layers]
         rules = [self.rule(layer.name) for layer in readers if layer.name in self.integer]
         asked = [rule.inputs for rule in rules if rule is not None and rule.inputs is not None]
-        if asked:
-            return self._narrowed(max(asked, key=lambda spec: spec.bits))
-        names = {name for node in group for name in self._makers(node)}
-        rules = [self.rule(name) for name in names]
-        asked = [rule.activations for rule in rules if rule is not None and rule.activations is not None]
-        return self._narrowed(max(asked, key=lambda spec: spec.bits, default=self.scheme.activations))
+        return self._narrowed(max(asked, key=lambda spec: spec.bits)) if asked else None
 
     def _makers(self, node: fx.Node) -> Iterator[str]:
         """Yield the names of the layers that make a tensor in one kernel; "input" for the image."""
@@ -224,7 +228,7 @@ def _place_dynamic(net: Net, plan: _Plan, matrices: list[Layer]) -> int:
         source = layer.node.args[0]
         assert isinstance(source, fx.Node)
         if source not in made:
-            spec = plan.activation_spec(layer.name)
+            spec = plan.inputs_spec((source,)) or plan.activation_spec(layer.name)
             if spec.power_of_two:
                 raise RecipeError(
                     f"layer '{layer.name}': dynamic quantization takes each scale from a sample at run time, "

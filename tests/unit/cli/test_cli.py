@@ -5,18 +5,23 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import onnx
 import pytest
+import torch
 
-from command import Fewbit
+from command import Fewbit, Said
 from fewbit import __version__
 from fewbit.cli.main import COMMANDS
 from fewbit.cli.options import Numbers
 from fewbit.engines.process import EngineProcess
-from fewbit.errors import EngineCrashed
+from fewbit.errors import EngineCrashed, RecipeError
+from fewbit.improve import qdrop
+from fewbit.improve.descend import Descent
+from fewbit.improve.reconstruct import Problem
 from fewbit.measure.accuracy import Accuracy
 from fewbit.recipe import Recipe, read_recipe, shipped_recipes
 from fewbit.registry import ROWS
@@ -291,6 +296,87 @@ def test_quantize_without_images_by_a_recipe_that_needs_some_is_told(
         "quantize", job / "tiny.toml", "--calibration", job / "images", "--out", tmp_path / "a.onnx"
     )
     assert other.code == 0 and "calibrated on 150 images" in other.out
+
+
+def _told(said: Said) -> list[str]:
+    """Return the lines on stderr but those of progress, which a slow machine has more of."""
+    return [line for line in said.err.splitlines() if line and not line.startswith("[")]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+LEARNED = """name = "learned"
+[scheme.weights]
+bits = 3
+symmetric = true
+signed = true
+granularity = "channel"
+[[steps]]
+use = "canonical"
+[[steps]]
+use = "fold_bn"
+[[steps]]
+use = "place"
+[[steps]]
+use = "calibrate"
+[[steps]]
+use = "qdrop"
+iterations = 4
+group = 1
+"""
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_quantization_that_was_stopped_goes_on_where_it_was(
+    fewbit: Fewbit, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out, calm = tmp_path / "learned.toml", tmp_path / "net.onnx", tmp_path / "calm.onnx"
+    recipe.write_text(LEARNED)
+    common = ("quantize", job / "tiny.toml", "--data", job / "images", "--recipe", recipe)
+    assert _told(fewbit(*common, "--out", calm)) == []
+
+    learn = qdrop.descend
+
+    def stop(problem: Problem, how: Descent) -> str:
+        if problem.unit.name == "5":
+            raise KeyboardInterrupt
+        return learn(problem, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qdrop, "descend", stop)
+        said = fewbit(*common, "--out", out)
+    assert said.code == 130 and _told(said) == [
+        "stopped; no file was written; the layers that were learned are kept: the same command goes on"
+    ]
+    partial = tmp_path / "net.onnx.partial"
+    assert not out.exists() and len([path for path in partial.rglob("*") if path.is_file()]) == 2
+
+    said = fewbit(*common, "--out", out)
+    assert _told(said) == [f"{partial}: a run was stopped; what it had done is taken up where it fits"]
+    assert "2 of 4 units had been done when a run was stopped" in said.out
+    assert digest(out) == digest(calm)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calm.onnx", "learned.toml", "net.onnx"]
+
+
+def test_a_quantization_that_fails_before_anything_is_learned_leaves_nothing(
+    fewbit: Fewbit, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(problem: Problem, how: Descent) -> str:
+        raise RecipeError("odd")
+
+    recipe = tmp_path / "learned.toml"
+    recipe.write_text(LEARNED)
+    monkeypatch.setattr(qdrop, "descend", fail)
+    common = ("quantize", job / "tiny.toml", "--data", job / "images", "--recipe", recipe)
+    said = fewbit(*common, "--out", tmp_path / "net.onnx")
+    assert (said.code, _told(said)) == (2, ["fewbit: odd"])
+    assert [path.name for path in tmp_path.iterdir()] == ["learned.toml"]
 
 
 # eval

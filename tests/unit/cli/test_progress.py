@@ -119,7 +119,67 @@ def test_in_a_terminal_a_step_has_a_bar(terminal: io.StringIO) -> None:
     assert "net [/x]: " in terminal.getvalue()
 
 
-def test_elsewhere_a_step_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_elsewhere_a_short_step_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with step_progress("net") as tell:
         tell("calibrate", 0.5)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that a test sets."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_elsewhere_a_long_step_says_a_line_every_ten_seconds_with_the_time_left(
+    capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    with step_progress("net") as tell:
+        for second in range(35):
+            clock[0] = 100.0 + second
+            tell("qdrop", second / 100)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "[ 10%] net: qdrop (1 min 30 s left)",
+        "[ 20%] net: qdrop (1 min 20 s left)",
+        "[ 30%] net: qdrop (1 min 10 s left)",
+    ]
+
+
+def test_the_time_left_follows_the_present_pace_not_the_leap_of_a_resumed_run(
+    capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    with step_progress("net") as tell:
+        tell("qdrop", 0.0)
+        for second in range(1, 61):  # half of it was there already
+            clock[0] = 100.0 + second
+            tell("qdrop", 0.5 + second / 1000)
+    assert capsys.readouterr().err.splitlines()[-1] == "[ 56%] net: qdrop (7 min 20 s left)"
+
+
+def test_another_step_begins_its_estimate_anew(
+    capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    with step_progress("net") as tell:
+        for second in range(10):
+            clock[0] = 100.0 + second
+            tell("calibrate", second / 10)
+        clock[0] = 111.0
+        tell("qdrop", 0.0)
+        clock[0] = 121.0
+        tell("qdrop", 0.05)
+    assert capsys.readouterr().err.splitlines() == [
+        "[  0%] net: qdrop",
+        "[  5%] net: qdrop (3 min 10 s left)",
+    ]
+
+
+def test_in_a_terminal_a_step_shows_the_time_left(terminal: io.StringIO, clock: list[float]) -> None:
+    with step_progress("net") as tell:
+        tell("qdrop", 0.0)
+        clock[0] = 140.0
+        tell("qdrop", 0.5)
+    assert "40 s left" in terminal.getvalue()

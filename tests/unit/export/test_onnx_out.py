@@ -26,7 +26,7 @@ from fewbit.place.quantizer import DynamicQuantizer, Quantizer
 from fewbit.place.simulate import simulate
 from fewbit.place.targets import target
 from fewbit.recipe import Recipe, read_recipe, run_recipe, shipped_recipes
-from networks import CLASSES, NETWORKS, SIZE, make_context, make_images, make_net, quantize
+from networks import CLASSES, NETWORKS, SIZE, make_context, make_images, make_net, networks_for, quantize
 
 RECIPES = tuple(shipped_recipes())
 
@@ -42,6 +42,8 @@ def run(path: Path, images: Tensor, batch: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_file_is_valid_and_its_bytes_are_the_same_twice(name: str, recipe: str, tmp_path: Path) -> None:
+    if name not in networks_for(*(step["use"] for step in shipped_recipes()[recipe].steps)):
+        pytest.skip("no BatchNorm to read")
     export_onnx(quantize(name, recipe), tmp_path / "a.onnx", target("onnxruntime"))
     export_onnx(quantize(name, recipe), tmp_path / "b.onnx", target("onnxruntime"))
     assert digest(tmp_path / "a.onnx") == digest(tmp_path / "b.onnx")
