@@ -17,7 +17,7 @@ from fewbit.improve.soft_rounding import FixedCodes, SoftRounding, annealed, und
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer
 from fewbit.spec import Frozen
 
-_FEWEST, _SMALLEST_STEP = 4, 1e-9
+_FEWEST = 4
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 

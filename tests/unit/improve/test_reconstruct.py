@@ -20,6 +20,7 @@ from calibrated import (
     same_bits,
     scheme_of,
     state_of,
+    two_weights,
     values_of,
 )
 from fewbit.errors import DataError
@@ -402,3 +403,15 @@ def test_two_steps_of_a_recipe_keep_apart(tmp_path: Path) -> None:
     said = [report.notes[0] for report in reports[-2:]]
     assert said == [f"{n} of {n} units had been done when a run was stopped" for n in (4, 3)]
     assert same_bits(state_of(net), state_of(calm))
+
+
+def test_a_layer_without_bias_gets_one_for_the_mean_error_of_its_codes() -> None:
+    net, context = two_weights()
+    images = torch.cat(list(context.batches()))
+    with torch.no_grad():
+        exact = in_float(net)(images)
+        COMQ(learn_scale=False)(net, context)
+        (layer,) = matrices(net).values()
+        assert layer.bias is not None and layer.float_bias is None
+        assert float(net(images).mean()) == pytest.approx(float(exact.mean()), rel=1e-4)
+        assert torch.equal(in_float(net)(images), exact)
