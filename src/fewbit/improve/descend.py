@@ -171,11 +171,25 @@ class _Walk:
             Dropping(how.share, problem.second_generator()) if how.activations == "dropped" else None
         )
         self.ups: dict[fx.Node, Tensor] = {}
+        self.idle = self._idle()
         every, judging = torch.arange(problem.images), problem.judges(how.judges)
         self.learned_from, self.judges = every[~judging], every[judging]
         values = run_nodes(problem.net, problem.unit, problem.unit.nodes, problem.rounded, slice(0, 1))
         each = sum(value.numel() for value in values.values())
         self.batch = min(len(self.learned_from), how.batch, max(_FEWEST, how.values // each))
+
+    def _idle(self) -> set[fx.Node]:
+        """Return each ReLU that only quantizers read, none of which lets values below 0 pass."""
+        found: set[fx.Node] = set()
+        if self.how.activations != "rounded":
+            return found
+        for node, module in self.modules.items():
+            readers = [self.modules.get(reader) for reader in node.users]
+            if isinstance(module, nn.ReLU) and node not in self.problem.unit.outputs:
+                steps = [self.steps.get(r) if isinstance(r, Quantizer) else None for r in readers]
+                if all(step is not None and step.can_rectify for step in steps):
+                    found.add(node)
+        return found
 
     def choose(self) -> Tensor:
         """Return the places of the images of one iteration."""
@@ -220,9 +234,11 @@ class _Walk:
                 return inputs[0]
             drops = self.dropping is not None and node not in self.problem.unit.outputs
             mask = self.dropping.mask(inputs[0]) if drops and self.dropping is not None else None
-            rounded: Tensor = self.steps[module](inputs[0], mask)
+            rounded: Tensor = self.steps[module](inputs[0], mask, node.args[0] in self.idle)
             return rounded
         if isinstance(module, DynamicQuantizer) and self.how.activations == "float":
+            return inputs[0]
+        if node in self.idle:
             return inputs[0]
         if node in self.soft:
             return self._matrix(node, module, inputs[0])

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fewbit.place.quantizer import Quantizer
 
+_EDGE = 1e-4
+
 
 class _RoundWithStep(torch.autograd.Function):
     """Round to the grid of a learned step where the mask is 1; pass values through where it is 0.
@@ -18,23 +20,26 @@ class _RoundWithStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: float, high: float, mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, low: float, high: float, mask: Tensor | None, rectifies: bool
+    ) -> Tensor:
         scaled = x * (1 / step)
-        clamped = scaled.clamp(low, high)
-        rounded = clamped.round().mul_(step)
-        ctx.save_for_backward(scaled, clamped, rounded, step, mask)
+        rounded = scaled.clamp(low, high).round_().mul_(step)
+        ctx.save_for_backward(scaled, rounded, step, mask)
+        # Values rounded once already lie on the ends, and count as inside; what a ReLU makes 0 does not.
+        ctx.ends = low - (0.0 if rectifies else _EDGE), high + _EDGE
         return rounded if mask is None else torch.lerp(x, rounded, mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        scaled, clamped, rounded, step, mask = ctx.saved_tensors
+        scaled, rounded, step, mask = ctx.saved_tensors
         given = gradients[0]
         taken = given if mask is None else given * mask
-        inside = taken * (scaled == clamped)
+        inside = torch.ops.aten.hardtanh_backward(taken, scaled, *ctx.ends)
         taken_row, rounded_row, inside_row, scaled_row = _rows(taken, rounded, inside, scaled)
         of_step = torch.dot(taken_row, rounded_row) / step - torch.dot(inside_row, scaled_row)
         of_x = inside if mask is None else (given - taken).add_(inside)
-        return of_x, of_step.reshape(step.shape), None, None, None
+        return of_x, of_step.reshape(step.shape), None, None, None, None
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
@@ -68,10 +73,16 @@ class LearnedStep(nn.Module):
         zero_point = float(quantizer.zero_point)
         self.low, self.high = quantizer.qmin - zero_point, quantizer.qmax - zero_point
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return x rounded, or only where the mask is 1."""
-        rounded: Tensor = _RoundWithStep.apply(x, self.log_step.exp(), self.low, self.high, mask)  # type: ignore[no-untyped-call]
+    def forward(self, x: Tensor, mask: Tensor | None = None, rectifies: bool = False) -> Tensor:
+        """Return x rounded, or only where the mask is 1; `rectifies`: in place of a ReLU too."""
+        ends = self.low, self.high
+        rounded: Tensor = _RoundWithStep.apply(x, self.log_step.exp(), *ends, mask, rectifies)  # type: ignore[no-untyped-call]
         return rounded
+
+    @property
+    def can_rectify(self) -> bool:
+        """Whether no value below 0 passes, so that a ReLU in front of it does nothing."""
+        return self.low >= 0
 
     def finish(self) -> None:
         """Give the quantizer the step that was learned."""
