@@ -5,7 +5,6 @@ import torch
 
 from fewbit.improve.gptq import GPTQ, round_columns
 from fewbit.improve.gram import LayerProblem
-from fewbit.improve.obq import OBQ, round_greedily
 from solved_layers import loss_of, of_layer, output_error, three_bit
 
 
@@ -13,12 +12,6 @@ def test_worked_example_of_gptq_in_the_given_order() -> None:
     codes = round_columns(of_layer(top=1), 1e-12, False)
     assert (0.5 * codes).flatten().tolist() == [0.5, -0.5, 0.5]
     assert loss_of(codes, 0.5) == pytest.approx(0.118738, rel=1e-5)
-
-
-def test_worked_example_of_obq() -> None:
-    codes = round_greedily(of_layer(top=2), 1e-12)
-    assert (0.5 * codes).flatten().tolist() == [0.0, -0.5, 1.0]
-    assert loss_of(codes, 0.5) == pytest.approx(0.127738, rel=1e-5)
 
 
 def test_columns_in_blocks_give_what_one_column_after_the_other_does() -> None:
@@ -48,8 +41,8 @@ def test_the_order_by_activation_rounds_the_largest_input_first() -> None:
     assert round_columns(problem, 1e-9, True).flatten().tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("step", [GPTQ(), OBQ(), OBQ(most_inputs=1), GPTQ(order="given", asymmetric=False)])
+@pytest.mark.parametrize("step", [GPTQ(), GPTQ(order="given", asymmetric=False)])
 @pytest.mark.parametrize("name", ["residual", "depthwise"])
-def test_they_bring_the_networks_output_nearer(name: str, step: GPTQ | OBQ) -> None:
+def test_it_brings_the_networks_output_nearer(name: str, step: GPTQ) -> None:
     before, after = three_bit(name, step)
     assert output_error(name, after) < 0.6 * output_error(name, before)
