@@ -2,6 +2,7 @@
 
 Behind the @ stand the bits of weights and activations. The first and the last layer (their weights and what
 they read) have 8 bits unless `-all` follows; the image always has, as its pixels do.
+`w4a8-dfq+images` is a shipped recipe that needs no images, calibrated on the given ones.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def scheme_of(width: str) -> Scheme:
 
 
 def recipe_of(text: str) -> Recipe:
-    """Return a rung such as `comq@w4a4`, a shipped recipe by its name, or one from a .toml file."""
+    """Return a rung such as `comq@w4a4`, a shipped recipe by its name, with `+images` too, or a .toml's."""
+    shipped, plus, _ = text.partition("+images")
+    if plus:
+        return _with_images(read_recipe(shipped)).model_copy(update={"name": text})
     method, at, width = text.partition("@")
     if not at:
         return read_recipe(text)
@@ -62,3 +66,15 @@ def recipe_of(text: str) -> Recipe:
     if method in METHODS:
         return Recipe(name=text, scheme=scheme_of(width), steps=steps + METHODS[method])
     return read_recipe(method).model_copy(update={"name": text, "scheme": scheme_of(width)})
+
+
+def _with_images(recipe: Recipe) -> Recipe:
+    """Return a data-free recipe with calibration on images, and all else as it is."""
+    instead = {"calibrate_norm": "calibrate"}
+    steps = tuple(
+        {key: value for key, value in step.items() if key != "images"}
+        | {"use": instead.get(step["use"], step["use"])}
+        for step in recipe.steps
+        if step["use"] != "zeroq"
+    )
+    return recipe.model_copy(update={"steps": steps})

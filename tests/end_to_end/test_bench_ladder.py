@@ -35,3 +35,12 @@ def test_a_rung_without_a_width_is_a_recipe_that_ships() -> None:
     assert LADDER["scheme_of"]("w4a4") == read_recipe("w4a4-reconstructed").scheme
     with pytest.raises(SystemExit, match="width 'w9a4': give w and a with 2 to 8 bits"):
         LADDER["recipe_of"]("comq@w9a4")
+
+
+@pytest.mark.parametrize("name", ["int8-dfq", "int8-per-tensor-dfq", "int8-zeroq", "w4a8-dfq", "w4a8-zeroq"])
+def test_a_recipe_that_needs_no_images_reads_them_where_it_is_told_to(name: str) -> None:
+    shipped, twin = read_recipe(name), LADDER["recipe_of"](f"{name}+images")
+    assert not shipped.uses_images and twin.uses_images
+    assert twin.scheme == shipped.scheme and twin.name == f"{name}+images"
+    assert [step for step in twin.steps if step in shipped.steps] != []
+    assert len(twin.steps) == len(shipped.steps) - ("zeroq" in name)
