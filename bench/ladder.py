@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
     "brecq-layer": ({"use": "place"}, _BEST, {"use": "brecq", "units": "layer"}),
     "brecq": ({"use": "place"}, _BEST, {"use": "brecq"}),
     "brecq-fisher": ({"use": "place"}, _BEST, {"use": "brecq", "weighting": "fisher"}),
+    "comq-fitted": ({"use": "place"}, _BEST, {"use": "comq"}, {"use": "fit_ranges"}),
     "comq-tuned": ({"use": "place"}, _BEST, {"use": "comq"}, {"use": "tune_scales"}),
     "qdrop": ({"use": "place"}, _BEST, {"use": "qdrop"}),
 }

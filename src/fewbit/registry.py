@@ -26,6 +26,7 @@ ROWS: dict[Kind, dict[str, str]] = {
         "place": "fewbit.place.place:Place",
         "calibrate": "fewbit.ranges.calibrate:Calibrate",
         "calibrate_norm": "fewbit.synth.calibrate_norm:CalibrateNorm",
+        "fit_ranges": "fewbit.improve.fit_ranges:FitRanges",
         "correct_bias": "fewbit.improve.correct_bias:CorrectBias",
         "adaround": "fewbit.improve.adaround:AdaRound",
         "brecq": "fewbit.improve.brecq:BRECQ",

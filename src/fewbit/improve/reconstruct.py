@@ -113,13 +113,13 @@ def reconstruct(
     Raises:
         DataError: No image came.
     """
-    given = _gather(context, images, name)
+    given = gather_images(context, images, name)
     checkpoint = Checkpoint(context.scratch, name, _key(step, net, given, context))
     notes, last = [], _last_readers(units)
     costs = [_cost(unit) for unit in units]
     done = 0.0
     with ExitStack() as stack:
-        stack.enter_context(_without_gradients(net))
+        stack.enter_context(without_gradients(net))
         exact = stack.enter_context(Activations(context.memory_limit_bytes // 2, context.scratch))
         rounded = stack.enter_context(Activations(context.memory_limit_bytes // 2, context.scratch))
         image = next(node for node in net.graph.graph.nodes if node.op == "placeholder")
@@ -155,7 +155,7 @@ def reconstruct(
 
 
 @contextmanager
-def _without_gradients(net: Net) -> Iterator[None]:
+def without_gradients(net: Net) -> Iterator[None]:
     """Ask for no gradient of the network's own parameters for a while."""
     fixed = {name for name, parameter in net.graph.named_parameters() if not parameter.requires_grad}
     try:
@@ -243,7 +243,12 @@ def _kept_as_codes(net: Net, node: fx.Node) -> Quantizer | None:
     return module if isinstance(module, Quantizer) and module.enabled and module.scale.dim() == 0 else None
 
 
-def _gather(context: Context, images: int, name: str) -> Tensor:
+def gather_images(context: Context, images: int, name: str) -> Tensor:
+    """Return the first so many calibration images.
+
+    Raises:
+        DataError: No image came.
+    """
     parts: list[Tensor] = []
     for batch in context.batches():
         parts.append(batch[: images - sum(len(part) for part in parts)])

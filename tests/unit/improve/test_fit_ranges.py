@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calibrated import calibrated, context_of, scheme_of
+from fewbit.improve import fit_ranges
+from fewbit.improve.fit_ranges import FitRanges
+from fewbit.load.capture import capture
+from fewbit.net import Net
+from fewbit.place.quantizer import Quantizer
+from fewbit.recipe import Recipe, run_recipe
+from fewbit.spec import QuantSpec, Scheme
+from networks import make_context, make_images
+from solved_layers import output_error
+
+
+class OneLoudChannel(nn.Module):
+    """The first channel is forty times as large as the second, and hardly anything reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1, bias=False)
+        self.fc = nn.Linear(2, 4, bias=False)
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.tensor([[4.0, 4.0, 4.0], [0.1, -0.1, 0.1]]).reshape(2, 3, 1, 1))
+            self.fc.weight.copy_(torch.tensor([[1e-4, 1.0], [-1e-4, -1.0], [0.0, 0.5], [1e-4, -0.5]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.conv(x)).amax((2, 3)))
+
+
+def loud(scheme: Scheme | None = None, **calibrate: str) -> Net:
+    torch.manual_seed(0)
+    net = capture(OneLoudChannel(), "loud", (3, 16, 16))
+    steps = ({"use": "canonical"}, {"use": "place"}, {"use": "calibrate"} | calibrate)
+    return run_recipe(
+        Recipe(name="test", scheme=scheme or scheme_of(8), steps=steps),
+        net,
+        make_context(images=make_images(32)),
+    )[0]
+
+
+def error(net: Net) -> float:
+    images = make_images(32, seed=4)
+    with torch.no_grad():
+        return float((net(images) - OneLoudChannel()(images)).square().mean())
+
+
+def scales(net: Net) -> dict[str, float]:
+    found = {m.name: m for m in net.graph.modules() if isinstance(m, Quantizer) and not m.weight}
+    return {name: float(quantizer.scale) for name, quantizer in found.items()}
+
+
+def test_a_loud_channel_that_matters_little_is_clipped_where_the_squared_error_covers_it() -> None:
+    net = loud(activations="mse")
+    before, first = error(net), scales(net)
+    report = FitRanges()(net, make_context(images=make_images(48)))
+    after = scales(net)
+    assert after["amax_flatten"] < 0.2 * first["amax_flatten"] and report.changed >= 1 and report.notes == ()
+    assert error(net) < 0.1 * before
+
+
+def test_the_sums_are_the_expected_distance_of_the_logits_where_the_rest_is_linear() -> None:
+    quantizer = Quantizer(QuantSpec(bits=3), "x")
+    quantizer.set_range(0.0, 1.0)
+    generator = torch.Generator().manual_seed(1)
+    x, matrix = torch.rand(1, 4, generator=generator), torch.randn(3, 4, generator=generator)
+    # Over all signs v the mean of (v^T J)_i^2 is the squared norm of the i-th column.
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)))
+    weights = (signs @ matrix).square().mean(0, keepdim=True)
+    torch.testing.assert_close(weights[0], matrix.square().sum(0))
+    sums = fit_ranges._sums_of(quantizer)
+    fit_ranges._add(sums, quantizer, x, weights)
+    for factor, found in zip(sums.factors, sums.errors, strict=True):
+        step = float(quantizer.scale * factor)
+        gap = (torch.round(x / step).clamp(0, 7) * step - x)[0]
+        expected = sum(float((matrix[:, i] * gap[i]).square().sum()) for i in range(4))
+        assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["residual", "branches", "depthwise", "gated"])
+def test_on_sound_ranges_it_does_no_harm(name: str) -> None:
+    net = calibrated(name, scheme_of(8, 4))
+    before = output_error(name, net)
+    FitRanges()(net, context_of(48, scheme=scheme_of(8, 4)))
+    assert output_error(name, net) < 1.05 * before
+
+
+def test_ranges_that_make_the_judges_worse_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = loud()
+    first = scales(net)
+
+    def ruin(fit: fit_ranges._Fit) -> int:
+        for quantizer in fit.sums:
+            quantizer.scale = quantizer.scale * 50
+        return len(fit.sums)
+
+    monkeypatch.setattr(fit_ranges._Fit, "take_best", ruin)
+    report = FitRanges()(net, make_context(images=make_images(48)))
+    assert report.notes == ("left as they were, images that were not fitted came no nearer",)
+    assert report.changed == 0 and scales(net) == first
+
+
+def test_powers_of_two_stay_powers_of_two() -> None:
+    weights = QuantSpec(bits=8, symmetric=True, signed=True)
+    net = loud(Scheme(weights=weights, activations=QuantSpec(bits=8, symmetric=True, power_of_two=True)))
+    first = scales(net)
+    FitRanges()(net, make_context(images=make_images(48)))
+    after = scales(net)
+    assert after["amax_flatten"] < first["amax_flatten"]
+    assert all(bool(torch.frexp(torch.tensor(scale)).mantissa == 0.5) for scale in after.values())
+
+
+def test_without_fixed_ranges_there_is_nothing_to_fit() -> None:
+    scheme = scheme_of(8, mode="dynamic")
+    net = calibrated("residual", scheme)
+    report = FitRanges()(net, context_of(scheme=scheme))
+    assert report.changed == 0 and report.notes == ()
+    assert FitRanges().reads_images(scheme) is False and FitRanges().reads_images(scheme_of(8)) is True
