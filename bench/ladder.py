@@ -57,9 +57,8 @@ def scheme_of(width: str) -> Scheme:
 
 def recipe_of(text: str) -> Recipe:
     """Return a rung such as `comq@w4a4`, a shipped recipe by its name, with `+images` too, or a .toml's."""
-    shipped, plus, _ = text.partition("+images")
-    if plus:
-        return _with_images(read_recipe(shipped)).model_copy(update={"name": text})
+    if text.endswith("+images"):
+        return _with_images(read_recipe(text.removesuffix("+images"))).model_copy(update={"name": text})
     method, at, width = text.partition("@")
     if not at:
         return read_recipe(text)
@@ -73,7 +72,7 @@ def _with_images(recipe: Recipe) -> Recipe:
     """Return a data-free recipe with calibration on images, and all else as it is."""
     instead = {"calibrate_norm": "calibrate"}
     steps = tuple(
-        {key: value for key, value in step.items() if key != "images"}
+        {key: value for key, value in step.items() if (key, value) != ("images", False)}
         | {"use": instead.get(step["use"], step["use"])}
         for step in recipe.steps
         if step["use"] != "zeroq"

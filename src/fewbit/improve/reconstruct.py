@@ -55,14 +55,8 @@ class Problem:
         return torch.Generator().manual_seed(self.generator.initial_seed() + (1 << 40))
 
     def judges(self, every: int) -> Tensor:
-        """Return which images, one in so many, are kept to judge by: a mask (images,), none where it is 0.
-
-        They are drawn, for calibration images come in the order of their classes.
-        """
-        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(every))
-        chosen = torch.zeros(self.images, dtype=torch.bool)
-        chosen[order[: self.images // every if every else 0]] = True
-        return chosen
+        """Return which images, one in so many, are kept to judge by: a mask (images,), none where it is 0."""
+        return drawn_judges(self.images, every)
 
     def own_quantizers(self) -> list[Quantizer]:
         """Return those whose steps may move: all the values that they round are computed in this unit.
@@ -148,10 +142,21 @@ def reconstruct(
                 rounded.drop(node)
     if checkpoint.restored:
         notes.insert(0, f"{checkpoint.restored} of {len(units)} units had been done when a run was stopped")
-    notes += _hold_assigned(net)
+    notes += hold_assigned(net)
     return StepReport(
         step=name, changed=sum(len(unit.layers) for unit in units), notes=tuple(n for n in notes if n)
     )
+
+
+def drawn_judges(images: int, every: int) -> Tensor:
+    """Return a mask (images,) of one image in so many, none where it is 0.
+
+    They are drawn, for calibration images come in the order of their classes.
+    """
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(every))
+    chosen = torch.zeros(images, dtype=torch.bool)
+    chosen[order[: images // every if every else 0]] = True
+    return chosen
 
 
 @contextmanager
@@ -167,7 +172,7 @@ def without_gradients(net: Net) -> Iterator[None]:
             parameter.requires_grad_(name not in fixed)
 
 
-def _hold_assigned(net: Net) -> tuple[str, ...]:
+def hold_assigned(net: Net) -> tuple[str, ...]:
     """Widen weight grids where a bias does not fit int32 any more, the codes with them."""
     matrices = [m for m in net.graph.modules() if isinstance(m, QuantConv2d | QuantLinear)]
     modules = [m for m in matrices if m.weight_quantizer.assigned is not None]

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from calibrated import at_unit, calibrated, context_of, matrices, same_bits, scheme_of, state_of
-from fewbit.improve.descend import Descent, descend
+from fewbit.improve.descend import Descent, _Walk, descend
+from fewbit.improve.learned_step import LearnedStep
 from fewbit.improve.reconstruct import Problem
 from fewbit.improve.soft_rounding import starting_v, undecided
 from fewbit.net import Net
@@ -277,3 +278,28 @@ def test_progress_is_told() -> None:
 
 def test_v_starts_where_the_worked_numbers_say() -> None:
     assert float(starting_v(torch.tensor(0.25))) == pytest.approx(-0.887303, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["skipped", "signed grid", "float inside", "read by another too"])
+def test_a_relu_is_skipped_where_only_a_grid_from_zero_reads_it(case: str) -> None:
+    found: list[bool] = []
+
+    def look(problem: Problem) -> None:
+        quantizers = {node: problem.net.graph.get_submodule(str(node.target)) for node in problem.unit.nodes}
+        relu = next(node for node in quantizers if isinstance(quantizers[node], torch.nn.ReLU))
+        if case == "signed grid":
+            for user in relu.users:
+                quantizer = quantizers[user]
+                assert isinstance(quantizer, Quantizer)
+                quantizer.set_range(-1.0, 1.0)
+        steps = {quantizer: LearnedStep(quantizer) for quantizer in problem.quantizers()}
+        walk = _Walk(problem, how(activations="float" if case == "float inside" else "rounded"), {}, steps)
+        last = list(problem.unit.layers)[-1]
+        args = last.args
+        if case == "read by another too":
+            last.args = (*args, relu)
+        found.append(relu in walk._idle())
+        last.args = args
+
+    at_unit(calibrated(), BLOCK, look)
+    assert found == [case == "skipped"]

@@ -161,3 +161,14 @@ def test_each_mask_is_another_and_the_seed_decides_them() -> None:
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
     assert all(torch.equal(mask, again.mask(x)) for mask in masks)
     assert not torch.equal(masks[0], other.mask(x))
+
+
+def test_values_on_the_ends_of_the_grid_are_inside_but_not_what_a_relu_makes_zero() -> None:
+    learned = LearnedStep(quantizer_of(0.0, 3.0))
+    assert learned.can_rectify and not LearnedStep(quantizer_of(-1.0, 2.0)).can_rectify
+    x = torch.tensor([-0.3, 0.0, 1.0, 3.0, 3.3], requires_grad=True)
+    (inside,) = torch.autograd.grad(learned(x).sum(), x)
+    assert inside.tolist() == [0, 1, 1, 1, 0]
+    (behind_relu,) = torch.autograd.grad(learned(x, None, True).sum(), x)
+    assert behind_relu.tolist() == [0, 0, 1, 1, 0]
+    torch.testing.assert_close(learned(x, None, True), learned(torch.relu(x)))
