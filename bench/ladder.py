@@ -35,11 +35,9 @@ METHODS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-def weights(bits: int, per_tensor: bool = False) -> QuantSpec:
+def weights(bits: int) -> QuantSpec:
     """Return the grid of weights: symmetric, a scale a channel."""
-    return QuantSpec(
-        bits=bits, symmetric=True, signed=True, granularity="tensor" if per_tensor else "channel"
-    )
+    return QuantSpec(bits=bits, symmetric=True, signed=True, granularity="channel")
 
 
 def scheme_of(width: str) -> Scheme:

@@ -8,7 +8,6 @@ from fewbit.improve.descend import Descent, descend
 from fewbit.improve.reconstruct import Problem, reconstruct
 from fewbit.improve.units import split_into_layers
 from fewbit.net import Net
-from fewbit.spec import Scheme
 from fewbit.step import Context, Step, StepReport
 
 
@@ -75,7 +74,3 @@ class AdaRound(Step):
             return descend(problem, how)
 
         return reconstruct(self, "adaround", net, context, split_into_layers(net), self.images, solve)
-
-    def reads_images(self, scheme: Scheme) -> bool:
-        """It always does."""
-        return True

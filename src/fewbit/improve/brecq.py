@@ -15,7 +15,6 @@ from fewbit.improve.reconstruct import Problem, reconstruct
 from fewbit.improve.units import split_into_blocks, split_into_layers
 from fewbit.net import Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
-from fewbit.spec import Scheme
 from fewbit.step import Context, Step, StepReport
 
 _AT_ONCE, _PIXELS_AT_ONCE, _FISHER = 64, 1 << 20, "fisher"
@@ -115,10 +114,6 @@ class BRECQ(Step):
             )
             descend(problem, steps, weights)
         return note
-
-    def reads_images(self, scheme: Scheme) -> bool:
-        """It always does."""
-        return True
 
 
 def fisher(problem: Problem) -> Callable[[Tensor], Tensor] | None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fewbit.improve.gram import LayerProblem, solve_layers
 from fewbit.net import Net
-from fewbit.spec import Scheme
 from fewbit.step import Context, Step, StepReport
 
 _BLOCK = 64
@@ -59,10 +58,6 @@ class COMQ(Step):
             return coordinate_descent(problem, self.sweeps, self.learn_scale)
 
         return solve_layers(self, "comq", net, context, self.images, self.asymmetric, solver)
-
-    def reads_images(self, scheme: Scheme) -> bool:
-        """It always does."""
-        return True
 
 
 def coordinate_descent(problem: LayerProblem, sweeps: int, learn_scale: bool) -> tuple[Tensor, Tensor]:

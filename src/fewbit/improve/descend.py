@@ -39,8 +39,8 @@ class Descent(Frozen):
         regularization: Lambda, weight of the regulariser.
         warm_up: Share of the iterations without it.
         beta_start, beta_end: Its exponent, from first to last.
-        judges: Every so many-th image is not learned from; where what was learned brings these images no
-            nearer, everything stays as it was. 0: all are learned from, and nobody judges.
+        judges: One image in so many, drawn, is not learned from; where what was learned brings these images
+            no nearer, everything stays as it was. 0: all are learned from, and nobody judges.
     """
 
     iterations: int

@@ -191,10 +191,13 @@ class _Fit:
 
     def take_best(self, moves: Sequence[tuple[Quantizer, float]], judges: Tensor, batch: int) -> int:
         """Make the moves, or the first so many of them, that bring the judges nearest; return how many."""
-        best, nearest, count = 0, self.distance(judges, batch), len(moves)
+        parts = torch.split(judges, batch)
+        with torch.no_grad(), in_float(self.net, self.unit):
+            exact = [self._logits(part) for part in parts]
+        best, nearest, count = 0, self._distance(parts, exact), len(moves)
         while count:
             with _moved(moves[:count]):
-                distance = self.distance(judges, batch)
+                distance = self._distance(parts, exact)
             if distance < nearest:
                 best, nearest = count, distance
             count //= 2
@@ -202,16 +205,11 @@ class _Fit:
             quantizer.scale = quantizer.scale * factor
         return best
 
-    def distance(self, images: Tensor, batch: int) -> float:
+    def _distance(self, images: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
         """Return the squared distance of the quantized network's logits from those of the float network."""
-        total = 0.0
         with torch.no_grad():
-            for start in range(0, len(images), batch):
-                some = images[start : start + batch]
-                rounded = self._logits(some)
-                with in_float(self.net, self.unit):
-                    total += float(_apart(self._logits(some) - rounded).square().sum())
-        return total
+            gaps = (self._logits(some) - wanted for some, wanted in zip(images, exact, strict=True))
+            return sum(float(_apart(gap).square().sum()) for gap in gaps)
 
 
 @contextmanager

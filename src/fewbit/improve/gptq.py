@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fewbit.improve.gram import LayerProblem, damped, solve_layers
 from fewbit.net import Net
-from fewbit.spec import Scheme
 from fewbit.step import Context, Step, StepReport
 
 _COLUMNS = 128
@@ -55,10 +54,6 @@ class GPTQ(Step):
             return round_columns(problem, self.damping, self.order == "activations"), problem.scale
 
         return solve_layers(self, "gptq", net, context, self.images, self.asymmetric, solver)
-
-    def reads_images(self, scheme: Scheme) -> bool:
-        """It always does."""
-        return True
 
 
 def round_columns(problem: LayerProblem, damping: float, by_activation: bool) -> Tensor:

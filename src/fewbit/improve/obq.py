@@ -9,7 +9,6 @@ from torch import Tensor
 from fewbit.improve.gptq import round_columns
 from fewbit.improve.gram import LayerProblem, damped, solve_layers
 from fewbit.net import Net
-from fewbit.spec import Scheme
 from fewbit.step import Context, Step, StepReport
 
 _VALUES_AT_ONCE = 1 << 24
@@ -60,10 +59,6 @@ class OBQ(Step):
             return round_greedily(problem, self.damping), problem.scale
 
         return solve_layers(self, "obq", net, context, self.images, self.asymmetric, solver)
-
-    def reads_images(self, scheme: Scheme) -> bool:
-        """It always does."""
-        return True
 
 
 def round_greedily(problem: LayerProblem, damping: float) -> Tensor:

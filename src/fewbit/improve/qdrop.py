@@ -8,7 +8,6 @@ from fewbit.improve.descend import Descent, descend
 from fewbit.improve.reconstruct import Problem, reconstruct
 from fewbit.improve.units import split_into_blocks
 from fewbit.net import Net
-from fewbit.spec import Scheme
 from fewbit.step import Context, Step, StepReport
 
 
@@ -87,7 +86,3 @@ class QDrop(Step):
 
         units = split_into_blocks(net, self.group)
         return reconstruct(self, "qdrop", net, context, units, self.images, solve)
-
-    def reads_images(self, scheme: Scheme) -> bool:
-        """It always does."""
-        return True

@@ -10,7 +10,6 @@ from fewbit.improve.descend import Descent, descend
 from fewbit.improve.reconstruct import Problem, reconstruct
 from fewbit.improve.units import split_into_blocks, whole_network
 from fewbit.net import Net
-from fewbit.spec import Scheme
 from fewbit.step import Context, Step, StepReport
 
 _JUDGES = 5
@@ -82,7 +81,3 @@ class TuneScales(Step):
 
         units = whole_network(net) if self.units == "network" else split_into_blocks(net, self.group)
         return reconstruct(self, "tune_scales", net, context, units, self.images, solve)
-
-    def reads_images(self, scheme: Scheme) -> bool:
-        """It always does."""
-        return True
