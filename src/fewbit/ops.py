@@ -78,6 +78,51 @@ class Affine(nn.Module):
         return x if self.shift is None else x + self.shift
 
 
+class Pixels(Affine):
+    """The pixels 0 ... 255 of an image that preprocessing shifted and scaled, x * scale + shift.
+
+    They are whole numbers but for float32's rounding. A file whose input is the pixels themselves begins
+    behind this layer.
+
+    Args:
+        low: What preprocessing makes of the pixel 0 in each channel.
+        high: What it makes of 255.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        step = (high.double() - low.double()) / 255
+        super().__init__(*((v.float().reshape(-1, 1, 1)) for v in (1 / step, -low.double() / step)))
+
+
+class Frame(nn.Module):
+    """A border around (N, C, H, W) with a value of its own for each channel.
+
+    Args:
+        pads: How wide it is: (top, left, bottom, right).
+        values: (C,).
+    """
+
+    values: Tensor
+
+    def __init__(self, pads: tuple[int, int, int, int], values: Tensor) -> None:
+        super().__init__()
+        self.pads = pads
+        self.register_buffer("values", values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the tensor with its border."""
+        top, left, bottom, right = self.pads
+        rows, columns = x.shape[2:]
+        size = (len(x), x.shape[1], top + rows + bottom, left + columns + right)
+        framed = self.values.to(x.dtype).reshape(1, -1, 1, 1).expand(size).clone()
+        framed[:, :, top : top + rows, left : left + columns] = x
+        return framed
+
+    def extra_repr(self) -> str:
+        """Show the width of each side."""
+        return f"pads={self.pads}"
+
+
 class Clip(nn.Module):
     """Values clamped to [low, high]; ReLU6 is Clip(0, 6)."""
 
@@ -380,6 +425,7 @@ KINDS: dict[type[nn.Module], str] = {
     Reshape: "Reshape",
     Permute: "Permute",
     Pad: "Pad",
+    Frame: "Frame",
     Slice: "Slice",
     Upsample: "Upsample",
     nn.Dropout: "Dropout",

@@ -20,6 +20,7 @@ ROWS: dict[Kind, dict[str, str]] = {
         "canonical": "fewbit.prepare.canonical:Canonical",
         "zeroq": "fewbit.synth.zeroq:ZeroQ",
         "fold_bn": "fewbit.prepare.fold_bn:FoldBN",
+        "fold_input": "fewbit.prepare.fold_input:FoldInput",
         "equalize": "fewbit.prepare.equalize:Equalize",
         "absorb_bias": "fewbit.prepare.absorb_bias:AbsorbBias",
         "split_channels": "fewbit.improve.split_channels:SplitChannels",

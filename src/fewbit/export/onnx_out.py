@@ -12,6 +12,7 @@ from torch import fx, nn
 from fewbit import ops
 from fewbit.errors import RecipeError
 from fewbit.export.emit import Emitter, stand_between
+from fewbit.export.pixels import INPUT_TYPES, ImageInput, PixelWay
 from fewbit.export.qdq import dynamic_codes, dynamic_layer, quantize_activation, quantized_layer
 from fewbit.files import write_atomically
 from fewbit.net import Layer, Net
@@ -26,9 +27,13 @@ _NOT_RISING = frozenset({"Silu", "HardSwish", "Gelu", "Mish", "PRelu"})
 
 
 def export_onnx(
-    net: Net, path: Path, target: Target | None = None, metadata: Mapping[str, str] | None = None
+    net: Net,
+    path: Path,
+    target: Target | None = None,
+    metadata: Mapping[str, str] | None = None,
+    image: ImageInput = "float32",
 ) -> None:
-    """Write a Net as ONNX: input "input" float32 (N, C, H, W), output "logits" (N, classes), any N.
+    """Write a Net as ONNX: input "input", output "logits" (N, classes), any N.
 
     Each node has the name of its layer, each quantized tensor the name of its layer with ":q" behind it.
 
@@ -37,30 +42,44 @@ def export_onnx(
         path: The file; it is replaced in one step.
         target: The engine it is for; ONNX Runtime wants unsigned activation codes everywhere.
         metadata: Further facts for the file's metadata.
+        image: What the file takes: "float32" preprocessed images (N, C, H, W), or "uint8" pixels
+            (N, H, W, C), which the step fold_input makes possible.
 
     Raises:
-        RecipeError: The Net has quantizers without a grid.
+        RecipeError: The Net has quantizers without a grid, or its preprocessing is not folded.
         OutputError: The file cannot be written.
     """
-    model = build_onnx(net, target, metadata)
+    model = build_onnx(net, target, metadata, image)
     data = ir.to_proto(model).SerializeToString(deterministic=True)
     with write_atomically(path) as beside:
         beside.write_bytes(data)
 
 
-def build_onnx(net: Net, target: Target | None = None, metadata: Mapping[str, str] | None = None) -> ir.Model:
+def build_onnx(
+    net: Net,
+    target: Target | None = None,
+    metadata: Mapping[str, str] | None = None,
+    image: ImageInput = "float32",
+) -> ir.Model:
     """Return the model that `export_onnx` writes."""
     if "placed" in net.facts and "calibrated" not in net.facts:
         raise RecipeError(
             f"{net.name}: is placed but not calibrated; put the step 'calibrate' before the export"
         )
+    if image == "uint8" and "pixels" not in net.facts:
+        raise RecipeError(
+            f"{net.name}: takes preprocessed images; put the step 'fold_input' behind 'fold_bn' for a file "
+            "that takes uint8 pixels"
+        )
     emitter = Emitter(net)
     float32 = ir.TensorType(ir.DataType.FLOAT)
-    image = ir.Value(name="input", type=float32, shape=ir.Shape(["N", *net.input_size]))
-    result = _Walk(net, emitter, image, target).run()
+    channels, *size = net.input_size
+    shape = ir.Shape(["N", *size, channels] if image == "uint8" else ["N", channels, *size])
+    given = ir.Value(name="input", type=ir.TensorType(INPUT_TYPES[image]), shape=shape)
+    result = _Walk(net, emitter, given, target, image).run()
     result.name, result.type, result.shape = "logits", float32, ir.Shape(["N", net.classes])
     graph = ir.Graph(
-        inputs=[image],
+        inputs=[given],
         outputs=[result],
         nodes=emitter.nodes,
         initializers=list(emitter.initializers.values()),
@@ -89,8 +108,11 @@ def _scope(net: Net) -> str:
 class _Walk:
     """Visits the graph in order and keeps each node's ONNX value."""
 
-    def __init__(self, net: Net, emitter: Emitter, image: ir.Value, target: Target | None) -> None:
+    def __init__(
+        self, net: Net, emitter: Emitter, image: ir.Value, target: Target | None, takes: ImageInput
+    ) -> None:
         self.net, self.emitter = net, emitter
+        self.pixels = PixelWay(emitter, takes, image)
         self.container = "unsigned" if target is not None and not target.symmetric_activations else "auto"
         self.values: dict[fx.Node, ir.Value] = {}
         self.dynamic: dict[fx.Node, tuple[ir.Value, ir.Value]] = {}
@@ -122,13 +144,20 @@ class _Walk:
             if node.op == "placeholder":
                 self.values[node] = self.image
             elif node.op == "output":
-                return self.values[node.args[0]]
+                return self._value(node.args[0])
+            elif self.pixels.goes_through(self.layers[node]):
+                self.pixels.emit(self.layers[node])
             else:
                 self.values[node] = self._emit(self.layers[node])
         raise AssertionError("a graph has an output")
 
+    def _value(self, node: fx.Node) -> ir.Value:
+        if node not in self.values and node in self.pixels:
+            self.values[node] = self.pixels.floats(node)
+        return self.values[node]
+
     def _emit(self, layer: Layer) -> ir.Value:
-        inputs = [self.values[source] for source in layer.node.args if isinstance(source, fx.Node)]
+        inputs = [self._value(source) for source in layer.node.args if isinstance(source, fx.Node)]
         module, e = layer.module, self.emitter
         if isinstance(module, Quantizer):
             container = "unsigned" if id(module) in self.joined else self.container

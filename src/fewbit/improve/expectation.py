@@ -15,7 +15,7 @@ from fewbit.net import Layer, Net
 from fewbit.place.quantizer import DynamicQuantizer, Quantizer
 from fewbit.prepare.fold_bn import normal_of
 
-_SAME = frozenset({"Identity", "Dropout", "DropPath", "Flatten", "Reshape"})
+_SAME = frozenset({"Identity", "Dropout", "DropPath", "Flatten", "Reshape", "Frame"})
 _SAME_MEAN = frozenset({"AvgPool", "GlobalAvgPool", "Upsample", "Mean"})
 _SMALLEST = 1e-30
 _PHOTOGRAPH = 0.45, 0.25  # mean and deviation of photographs, as fractions from black to white

@@ -98,7 +98,7 @@ def _rounding(net: Net) -> dict[fx.Node, Quantizer]:
     """Return the quantizers to fit, by the nodes where they round values that are not on their grid yet."""
     calls: dict[Quantizer, list[fx.Node]] = {}
     for layer in net.layers():
-        if isinstance(layer.module, Quantizer) and layer.module.scale.dim() == 0:
+        if isinstance(layer.module, Quantizer) and layer.module.scale.dim() == 0 and not layer.module.fixed:
             calls.setdefault(layer.module, []).append(layer.node)
     found: dict[fx.Node, Quantizer] = {}
     for quantizer, nodes in calls.items():

@@ -69,6 +69,8 @@ class Problem:
                 calls.setdefault(str(node.target), set()).add(node)
         nodes, own = set(self.unit.nodes), []
         for quantizer in self.quantizers():
+            if quantizer.fixed:
+                continue
             shared = next(c for t, c in calls.items() if self.net.graph.get_submodule(t) is quantizer)
             # What moves or joins values that it has rounded brings none of its own.
             first = {node for node in shared if not shared & set(_source(node).all_input_nodes)}

@@ -11,7 +11,7 @@ from fewbit import ops
 from fewbit.errors import RecipeError, suggest
 from fewbit.net import Layer, Net, add_layer, name_of
 from fewbit.place.power_quantizer import PowerQuantizer
-from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
+from fewbit.place.quantizer import DynamicQuantizer, PixelQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.place.targets import Target
 from fewbit.spec import QuantSpec, Rule, Scheme
 from fewbit.step import Context, Step, StepReport
@@ -254,7 +254,7 @@ def _place_static(net: Net, plan: _Plan) -> int:
         root = groups[node]
         first = root not in made
         if first:
-            made[root] = Quantizer(specs[root], name_of(root))
+            made[root] = _quantizer_of(plan, members[root], specs[root], name_of(root))
             net.graph.add_submodule(f"quantizers.{root.name}", made[root])
         users = list(node.users)
         with net.graph.graph.inserting_after(node):
@@ -263,6 +263,12 @@ def _place_static(net: Net, plan: _Plan) -> int:
             user.replace_input_with(node, quantizer)
         count += first
     return count
+
+
+def _quantizer_of(plan: _Plan, group: list[fx.Node], spec: QuantSpec, name: str) -> Quantizer:
+    """Return the quantizer that the tensors of a group share; pixels have theirs."""
+    pixels = any(node in plan.layers and isinstance(plan.layers[node].module, ops.Pixels) for node in group)
+    return PixelQuantizer(name) if pixels else Quantizer(spec, name)
 
 
 def _tails(net: Net, plan: _Plan) -> list[fx.Node]:

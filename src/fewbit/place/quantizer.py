@@ -48,6 +48,7 @@ class Quantizer(nn.Module):
         qmin, qmax: Codes used.
         unsigned: Codes are stored as uint8, else int8.
         ready: It has a grid.
+        fixed: Its grid is given by what the tensor is; no method may move it.
         enabled: Off, it passes its input through.
         assigned: Codes that a method chose for a weight, in place of those nearest to it; or none.
     """
@@ -55,6 +56,7 @@ class Quantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
     assigned: Tensor | None
+    fixed: bool = False
 
     def __init__(self, spec: QuantSpec, name: str, axis: int = 0, weight: bool = False) -> None:
         super().__init__()
@@ -176,6 +178,23 @@ class Quantizer(nn.Module):
         return (
             f"{self.name}, {self.spec.bits} bits, {'u' if self.unsigned else 's'}[{self.qmin}, {self.qmax}]"
         )
+
+
+class PixelQuantizer(Quantizer):
+    """Rounds pixels to the whole numbers 0 ... 255 that they are, whatever the Scheme and the images say.
+
+    Args:
+        name: The tensor that it quantizes, for messages.
+    """
+
+    fixed = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__(QuantSpec(), name)
+        self._take(1.0, 0.0)
+
+    def set_range(self, low: Any, high: Any) -> None:
+        """Keep the grid."""
 
 
 class DynamicQuantizer(nn.Module):

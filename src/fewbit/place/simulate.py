@@ -21,7 +21,7 @@ from fewbit.net import Net, name_of
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLayer, QuantLinear
 
 _MOVES = (
-    *("MaxPool", "Concat", "Flatten", "Reshape", "Permute", "Pad", "Slice", "Upsample"),
+    *("MaxPool", "Concat", "Flatten", "Reshape", "Permute", "Pad", "Frame", "Slice", "Upsample"),
     *("Identity", "Dropout", "DropPath", "Relu", "Clip", "Min"),
 )
 

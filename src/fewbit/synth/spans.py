@@ -183,6 +183,15 @@ def _joined(module: nn.Module, *spans: Span) -> Span:
     return Span(torch.stack([h.low for h in hulls]).min(), torch.stack([h.high for h in hulls]).max())
 
 
+def _framed(module: nn.Module, span: Span) -> Span:
+    assert isinstance(module, ops.Frame)
+    values = module.values.double()
+    if span.low.dim() == 0:
+        values = torch.stack((values.min(), values.max()))
+        return Span(torch.minimum(span.low, values[0]), torch.maximum(span.high, values[1]))
+    return Span(torch.minimum(span.low, values), torch.maximum(span.high, values))
+
+
 def _padded(module: nn.Module, span: Span) -> Span:
     assert isinstance(module, ops.Pad)
     before, after = module.pads[1]
@@ -283,6 +292,7 @@ _RULES: Mapping[str, Callable[..., Span]] = {
     "Permute": _mixed,
     "Concat": _joined,
     "Pad": _padded,
+    "Frame": _framed,
     "Slice": _sliced,
     "Mul": _product,
     "Sub": _difference,
