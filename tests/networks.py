@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -100,6 +102,8 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "branches": Branches,
     "gated": Gated,
 }
+WHOLE_RANGE = ((-2.0, -2.0, -2.0), (127 / 64, 127 / 64, 127 / 64))
+"""Pixels / 64 - 2: the value 0 is the pixel 128."""
 READS_NORMS = frozenset({"zeroq", "calibrate_norm"})
 """Steps that refuse a network without BatchNorm."""
 RECIPES = ("int8", "int8-mse", "int8-percentile", "int8-per-tensor", "int8-symmetric")
@@ -124,9 +128,11 @@ def make_model(name: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def make_net(name: str, seed: int = 0) -> Net:
-    """Return a captured network."""
-    return capture(make_model(name, seed), name, SIZE, CLASSES)
+def make_net(name: str, seed: int = 0, image_range: tuple[Any, Any] | None = None) -> Net:
+    """Return a captured network, with the range of its images where a card would tell it."""
+    net = capture(make_model(name, seed), name, SIZE, CLASSES)
+    net.image_range = image_range
+    return net
 
 
 def make_images(count: int = 8, seed: int = 1) -> Tensor:

@@ -85,6 +85,21 @@ class Recipe(Frozen):
         scheme = self.scheme.model_copy(update={"rules": rules + self.scheme.rules})
         return self.model_copy(update={"scheme": scheme})
 
+    def with_pixels(self) -> Recipe:
+        """Return the same recipe with the preprocessing of images folded into the first layer.
+
+        Its file may then take uint8 pixels; see `fewbit.prepare.fold_input`.
+
+        >>> [step["use"] for step in read_recipe("int8").with_pixels().steps]
+        ['canonical', 'fold_bn', 'fold_input', 'place', 'calibrate']
+        """
+        if any(step.get("use") == "fold_input" for step in self.steps):
+            return self
+        folded = [place for place, step in enumerate(self.steps) if step.get("use") in _EXACT_STEPS]
+        behind = max(folded, default=-1) + 1
+        steps = (*self.steps[:behind], {"use": "fold_input"}, *self.steps[behind:])
+        return self.model_copy(update={"name": f"{self.name}-pixels", "steps": steps})
+
 
 def shipped_recipes() -> dict[str, Recipe]:
     """Return the recipes that ship, by name."""

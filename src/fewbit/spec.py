@@ -16,6 +16,8 @@ from fewbit.errors import InputError, RecipeError, suggest
 
 Granularity = Literal["tensor", "channel"]
 Mode = Literal["static", "dynamic", "weights_only"]
+ImageInput = Literal["float32", "uint8"]
+"""What a file takes: preprocessed float32 images (N, C, H, W), or uint8 pixels (N, H, W, C)."""
 
 _LONGEST = 80
 

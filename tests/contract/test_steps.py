@@ -17,7 +17,7 @@ from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, Qua
 from fewbit.recipe import Recipe, run_recipe
 from fewbit.registry import ROWS, find
 from fewbit.step import Step, StepReport
-from networks import make_context, make_images, make_net, networks_for
+from networks import WHOLE_RANGE, make_context, make_images, make_net, networks_for
 
 ROADS = ("canonical", "fold_bn", "place", "calibrate")
 STEPS = tuple(ROWS["steps"])
@@ -41,8 +41,13 @@ def recipe_of(steps: tuple[str, ...]) -> Recipe:
     return Recipe(name="contract", steps=tuple({"use": step} for step in steps))
 
 
+def net_for(name: str, network: str = "residual") -> Net:
+    """Return a network that tells the range of its images where a step asks for it."""
+    return make_net(network, image_range=WHOLE_RANGE if name == "fold_input" else None)
+
+
 def made(name: str, network: str = "residual") -> tuple[Net, tuple[StepReport, ...]]:
-    return run_recipe(recipe_of(road_to(name)), make_net(network), make_context())
+    return run_recipe(recipe_of(road_to(name)), net_for(name, network), make_context())
 
 
 def switch_off(net: Net) -> Net:
@@ -103,7 +108,7 @@ def test_its_facts_are_there_afterwards(name: str) -> None:
 
 
 def test_the_callers_network_is_untouched(name: str) -> None:
-    net = make_net("residual")
+    net = net_for(name)
     before = {key: value.clone() for key, value in net.graph.state_dict().items()}
     text, images = repr(net), make_images(3)
     logits = outputs(net, images)

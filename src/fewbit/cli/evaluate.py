@@ -78,6 +78,7 @@ def _predict(
     from fewbit.engines.process import EngineProcess
     from fewbit.engines.session import Setting
     from fewbit.measure.accuracy import Predictions
+    from fewbit.search.evaluate import batches_for
 
     setting = Setting(
         engine=engine,
@@ -91,7 +92,7 @@ def _predict(
         with images, EngineProcess(engine) as process:
             session = process.open(one.path, setting)
             tell(f"{one.name} on {engine}", 0.0)
-            logits = session.logits(images.batches(setting.batch))
+            logits = session.logits(batches_for(session, images, setting.batch))
             found.append(Predictions.from_logits(logits, images.targets))
             skipped = max(skipped, len(images.skipped))
     return found, skipped, left_out

@@ -28,6 +28,14 @@ from fewbit.cli.progress import step_progress
 )
 @click.option("--calibration", type=click.Path(path_type=Path), help="Other images to calibrate with.")
 @click.option("--calibration-images", type=int, default=512, show_default=True)
+@click.option(
+    "--input",
+    "takes",
+    type=click.Choice(["float32", "uint8"]),
+    default="float32",
+    show_default=True,
+    help="What the file takes: preprocessed images (N, C, H, W), or the pixels themselves (N, H, W, C).",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--strict", is_flag=True, help="A broken image stops the run.")
 @card_options
@@ -42,6 +50,9 @@ def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, 
 
     given = find_card(card, take_card_facts(options))
     chosen, aim = read_recipe(recipe), target(engine)
+    takes = options.pop("takes")
+    if takes == "uint8":
+        chosen = chosen.with_pixels()
     source = options.pop("calibration") or data
     if chosen.uses_images and source is None:
         raise click.UsageError(
@@ -57,7 +68,7 @@ def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, 
         context = image_context(images, engine, options["seed"], tell, scratch)
         made, reports = run_recipe(chosen, net, context)
         facts = describe_export(given, chosen, engine, images)
-        export_onnx(made, out, aim if chosen.places else None, facts)
+        export_onnx(made, out, aim if chosen.places else None, facts, takes)
     answer = {
         "network": given.network.name,
         "recipe": chosen.name,

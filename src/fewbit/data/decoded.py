@@ -111,6 +111,10 @@ class DecodedImages:
 
     def batch(self, rows: Indices) -> NDArray[np.float32]:
         """Return the network's input of whole rows that are decoded, float32 (n, C, H, W)."""
+        return normalize(self.pixels(rows), self.section)
+
+    def pixels(self, rows: Indices) -> NDArray[np.uint8]:
+        """Return the pixels of whole rows that are decoded, uint8 (n, H, W, C)."""
         pixels = np.empty((len(rows), *self._shape), np.uint8)
         for place, row in enumerate(rows.tolist()):
             if self.state[row] == CACHED:
@@ -118,7 +122,7 @@ class DecodedImages:
             else:
                 index = self.index[row]
                 pixels[place] = decode(self.source.read(index), self.section, self.source.names[index])
-        return normalize(pixels, self.section)
+        return pixels
 
     def _decode_chunk(self, chunk: int) -> None:
         rows = range(chunk * self.chunk, min((chunk + 1) * self.chunk, len(self.index)))

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from fewbit.errors import DataError
 from fewbit.load.card import InputSection
 
 CACHE_BYTES = 8 * 2**30
+Batch = TypeVar("Batch")
 
 
 class ImageSet:
@@ -140,12 +141,21 @@ class ImageSet:
         Raises:
             DataError: As `decode`.
         """
+        return self._prepared(self._decoded.batch, batch, indices)
+
+    def pixels(self, batch: int, indices: Indices | None = None) -> Iterator[NDArray[np.uint8]]:
+        """Iterate like `batches` over the pixels themselves, uint8 (n, H, W, C)."""
+        return self._prepared(self._decoded.pixels, batch, indices)
+
+    def _prepared(
+        self, make: Callable[[Indices], Batch], batch: int, indices: Indices | None
+    ) -> Iterator[Batch]:
         if batch < 1:
             raise DataError(f"batch is {batch}; give 1 or more images")
-        waiting: deque[Future[NDArray[np.float32]]] = deque()
+        waiting: deque[Future[Batch]] = deque()
         for rows in _regroup(self._runs(indices), batch):
             wait(waiting)  # one batch with the caller and one in the making, never more: they are large
-            waiting.append(self._decoded.pool.submit(self._decoded.batch, rows))
+            waiting.append(self._decoded.pool.submit(make, rows))
             if len(waiting) > 1:
                 yield waiting.popleft().result()
         while waiting:

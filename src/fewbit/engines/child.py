@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fewbit.engines.session import BlockTime, Engine, Session, Setting
+from fewbit.engines.session import BlockTime, Engine, Images, Session, Setting
 from fewbit.engines.wire import SLOT_BYTES, SLOTS, receive, send
 from fewbit.errors import EngineError, FewbitError
 from fewbit.registry import find
+from fewbit.spec import ImageInput
 
 _PR_SET_PDEATHSIG = 1
 Reply = tuple[dict[str, Any], bytes]
@@ -77,7 +77,7 @@ class Child:
         self._name, self._memory = engine, memory
         self._engine: Engine | None = None
         self._sessions: dict[int, Session] = {}
-        self._images: dict[int, NDArray[np.float32]] = {}
+        self._images: dict[int, Images] = {}
         self._files: dict[int, Path] = {}
         self._settings: dict[int, Setting] = {}
 
@@ -120,7 +120,7 @@ class Child:
         self._settings[session] = Setting.model_validate(request["setting"])
         self._sessions[session] = self._engine.open(path, self._settings[session])
         self._files[session] = path
-        return {}, b""
+        return {"takes": self._sessions[session].takes}, b""
 
     def _close(self, request: dict[str, Any]) -> Reply:
         for kept in (self._sessions, self._images, self._files, self._settings):
@@ -129,8 +129,8 @@ class Child:
 
     def _run(self, request: dict[str, Any]) -> Reply:
         shape = tuple(request["shape"])
-        images = np.frombuffer(
-            self._memory, np.float32, int(np.prod(shape)), request["slot"] * SLOT_BYTES
+        images: Images = np.frombuffer(
+            self._memory, request["dtype"], int(np.prod(shape)), request["slot"] * SLOT_BYTES
         ).reshape(shape)
         logits = np.ascontiguousarray(self._sessions[request["session"]].run(images), np.float32)
         return {"shape": logits.shape}, logits.tobytes()
@@ -146,14 +146,22 @@ class Child:
             from fewbit.engines.exported import image_size
 
             size = (setting.batch, *image_size(self._files[session]))
-            self._images[session] = np.random.default_rng(0).standard_normal(size, np.float32)
+            self._images[session] = random_images(size, self._sessions[session].takes)
         block = time_calls(
             self._sessions[session], self._images[session], setting.streams, request["seconds"]
         )
         return {}, block.model_dump_json().encode()
 
 
-def time_calls(session: Session, images: NDArray[np.float32], streams: int, seconds: float) -> BlockTime:
+def random_images(size: tuple[int, ...], takes: ImageInput) -> Images:
+    """Return the same images each time, to time a session with."""
+    rng = np.random.default_rng(0)
+    if takes == "uint8":
+        return rng.integers(0, 256, size, np.uint8)
+    return rng.standard_normal(size, np.float32)
+
+
+def time_calls(session: Session, images: Images, streams: int, seconds: float) -> BlockTime:
     """Call a session for about `seconds` from `streams` threads, at least once each."""
     latencies: list[list[float]] = [[] for _ in range(streams)]
     failures: list[BaseException] = []

@@ -12,8 +12,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from fewbit.engines.calls import Calls
-from fewbit.engines.session import CONVERTING, PlacedOperator, Placement, Setting
+from fewbit.engines.session import CONVERTING, Images, PlacedOperator, Placement, Setting
 from fewbit.errors import EngineError
+from fewbit.spec import ImageInput
 
 _ERRORS_ONLY = 3
 _MATRIX = frozenset(
@@ -73,8 +74,11 @@ class OnnxRuntimeSession:
                 f"use --batch {fixed} or export it with a free batch axis"
             )
         self._fixed = fixed if isinstance(fixed, int) else 0
+        self.takes: ImageInput = "uint8" if first.get_inputs()[0].type == "tensor(uint8)" else "float32"
         classes = first.get_outputs()[0].shape[-1]
-        self._calls = Calls(self._call, slots, setting, classes if isinstance(classes, int) else 0)
+        self._calls = Calls(
+            self._call, slots, setting, classes if isinstance(classes, int) else 0, self.takes, path.name
+        )
 
     def _create(self, optimized: Path | None = None) -> Any:
         options = ort.SessionOptions()
@@ -93,18 +97,20 @@ class OnnxRuntimeSession:
         except Exception as error:  # its errors share no class but Exception
             raise EngineError(f"{self.path.name}: onnxruntime refuses it ({_one_line(error)})") from error
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the logits (N, classes) of images (N, C, H, W).
+    def run(self, batch: Images) -> NDArray[np.float32]:
+        """Return the logits (N, classes) of images (N, C, H, W), or of pixels (N, H, W, C).
 
         Raises:
             EngineError: The images do not fit the network, or an operator failed.
         """
         return self._calls.run(batch)
 
-    def _call(self, session: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _call(self, session: Any, images: Images) -> NDArray[np.float32]:
         count = len(images)
         if self._fixed > count:
-            images = np.concatenate([images, np.zeros((self._fixed - count, *images.shape[1:]), np.float32)])
+            images = np.concatenate(
+                [images, np.zeros((self._fixed - count, *images.shape[1:]), images.dtype)]
+            )
         try:
             logits: NDArray[np.float32] = session.run([self._output], {self._input: images})[0]
         except Exception as error:  # its errors share no class but Exception

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewbit.engines.calls import Calls
-from fewbit.engines.session import PlacedOperator, Placement, Setting
+from fewbit.engines.session import Images, PlacedOperator, Placement, Setting
 from fewbit.errors import EngineError
+from fewbit.spec import ImageInput
 
 _HINTS = {"float32": "f32", "bf16": "bf16"}
 _PRECISIONS = {"f32": "float32", "f16": "float16", "i8": "int8", "u8": "int8", "i32": "int32", "i64": "int64"}
@@ -80,7 +81,10 @@ class OpenVinoSession:
             raise EngineError(f"{path.name}: openvino refuses it ({_one_line(error)})") from error
         requests = [self._compiled.create_infer_request() for _ in range(setting.streams)]
         self._shape = tuple(self._compiled.inputs[0].get_shape())
-        self._calls = Calls(self._call, requests, setting, self._compiled.outputs[0].get_shape()[-1])
+        pixels = self._compiled.inputs[0].get_element_type() == _openvino().Type.u8
+        self.takes: ImageInput = "uint8" if pixels else "float32"
+        classes = self._compiled.outputs[0].get_shape()[-1]
+        self._calls = Calls(self._call, requests, setting, classes, self.takes, path.name)
 
     def _options(self) -> dict[str, object]:
         return {
@@ -91,15 +95,15 @@ class OpenVinoSession:
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the logits (N, classes) of images (N, C, H, W).
+    def run(self, batch: Images) -> NDArray[np.float32]:
+        """Return the logits (N, classes) of images (N, C, H, W), or of pixels (N, H, W, C).
 
         Raises:
             EngineError: The images do not fit the network, or an operator failed.
         """
         return self._calls.run(batch)
 
-    def _call(self, request: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _call(self, request: Any, images: Images) -> NDArray[np.float32]:
         count = len(images)
         if images.shape[1:] != self._shape[1:]:
             raise EngineError(
@@ -108,7 +112,7 @@ class OpenVinoSession:
             )
         if count < self._shape[0]:
             images = np.concatenate(
-                [images, np.zeros((self._shape[0] - count, *self._shape[1:]), np.float32)]
+                [images, np.zeros((self._shape[0] - count, *self._shape[1:]), images.dtype)]
             )
         try:
             request.start_async([images], share_inputs=True)

@@ -22,9 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewbit import errors
-from fewbit.engines.session import BlockTime, Placement, Setting
+from fewbit.engines.calls import checked
+from fewbit.engines.session import BlockTime, Images, Placement, Setting
 from fewbit.engines.wire import SLOT_BYTES, SLOTS, receive, send
 from fewbit.errors import EngineCrashed, EngineError, EngineHung
+from fewbit.spec import ImageInput
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -88,8 +90,8 @@ class EngineProcess:
             "path": str(path),
             "setting": setting.model_dump(mode="json"),
         }
-        child.ask(asked, path, "opening it")
-        return RemoteSession(child, session, path, setting)
+        message, _ = child.ask(asked, path, "opening it")
+        return RemoteSession(child, session, path, setting, message["takes"])
 
     def close(self) -> None:
         """End the process."""
@@ -109,21 +111,28 @@ class RemoteSession:
     """A file opened in an engine process.
 
     Every method raises `EngineCrashed` or `EngineHung` where the process died or fell silent.
+
+    Attributes:
+        path: The file.
+        setting: How it runs.
+        takes: What its input is: float32 images (N, C, H, W), or uint8 pixels (N, H, W, C).
     """
 
-    def __init__(self, child: _Child, session: int, path: Path, setting: Setting) -> None:
-        self.path, self.setting = path, setting
+    def __init__(
+        self, child: _Child, session: int, path: Path, setting: Setting, takes: ImageInput = "float32"
+    ) -> None:
+        self.path, self.setting, self.takes = path, setting, takes
         self._child, self._session = child, session
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the logits (N, classes) of images (N, C, H, W), any N."""
+    def run(self, batch: Images) -> NDArray[np.float32]:
+        """Return the logits (N, classes) of images of the type that the file takes, any N."""
         return self.logits([batch])
 
-    def logits(self, batches: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+    def logits(self, batches: Iterable[Images]) -> NDArray[np.float32]:
         """Return the logits of all images in order; the next batch is made while the process works.
 
         Args:
-            batches: Float32 images (n, C, H, W), of any and of differing n.
+            batches: Images of the type that the file takes, of any and of differing n.
 
         Raises:
             EngineError: An image does not fit the memory shared with the process, or the network.
@@ -135,8 +144,14 @@ class RemoteSession:
             if len(waiting) == SLOTS:
                 found.append(self._logits_of(waiting.popleft()))
             slot = count % SLOTS
-            self._child.slot(slot, piece.shape)[...] = piece
-            asked = {"do": "run", "session": self._session, "slot": slot, "shape": piece.shape}
+            self._child.slot(slot, piece)[...] = piece
+            asked = {
+                "do": "run",
+                "session": self._session,
+                "slot": slot,
+                "shape": piece.shape,
+                "dtype": piece.dtype.name,
+            }
             waiting.append(self._child.send(asked, self.path))
         while waiting:
             found.append(self._logits_of(waiting.popleft()))
@@ -161,10 +176,11 @@ class RemoteSession:
         message, payload = self._child.wait(request, self.path, "running it")
         return np.frombuffer(payload, np.float32).reshape(message["shape"])
 
-    def _pieces(self, batches: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    def _pieces(self, batches: Iterable[Images]) -> Iterator[Images]:
         """Cut batches so that they fit a slot, at multiples of what the engine runs at once."""
-        for batch in batches:
-            image_bytes = 4 * int(np.prod(batch.shape[1:]))
+        for given in batches:
+            batch = checked(given, self.takes, self.path.name)
+            image_bytes = batch.itemsize * int(np.prod(batch.shape[1:]))
             fit = SLOT_BYTES // image_bytes
             if fit < 1:
                 raise EngineError(
@@ -217,9 +233,10 @@ class _Child:
         self._sessions += 1
         return self._sessions
 
-    def slot(self, slot: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Return the shared memory for images."""
-        return np.frombuffer(self._memory, np.float32, int(np.prod(shape)), slot * SLOT_BYTES).reshape(shape)
+    def slot(self, slot: int, images: Images) -> Images:
+        """Return the shared memory for as many values of the same type."""
+        kept: Images = np.frombuffer(self._memory, images.dtype, images.size, slot * SLOT_BYTES)
+        return kept.reshape(images.shape)
 
     def ask(
         self, message: dict[str, Any], file: Path | None, doing: str, more_s: float = 0.0

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewbit.engines import reference_rounding as rounding
+from fewbit.engines.calls import checked
 from fewbit.engines.reference_fusion import fuse
 from fewbit.engines.reference_graph import Coded, Graph, Node, Value, floats, read_graph
 from fewbit.engines.reference_layers import IN_INTEGERS, LAYERS, Arguments
 from fewbit.engines.reference_ops import OPERATORS
-from fewbit.engines.session import PlacedOperator, Placement, Setting
+from fewbit.engines.session import Images, PlacedOperator, Placement, Setting
 from fewbit.errors import EngineError, InputError, suggest
 
 TABLE = {**LAYERS, **OPERATORS, **rounding.OPERATORS}
@@ -51,7 +52,7 @@ class ReferenceSession:
     """An opened file."""
 
     def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+        self._graph, self.takes = graph, graph.takes
         self._constants: dict[str, Value] = dict(graph.constants)
         self._nodes: list[Node] = []
         self._placed: tuple[PlacedOperator, ...] | None = None
@@ -70,8 +71,8 @@ class ReferenceSession:
             name: index for index, node in enumerate(self._nodes) for name in node.inputs if name
         }
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return logits ``(N, classes)`` of images ``(N, C, H, W)``, of any N.
+    def run(self, batch: Images) -> NDArray[np.float32]:
+        """Return logits ``(N, classes)`` of images ``(N, C, H, W)``, or of pixels ``(N, H, W, C)``, of any N.
 
         Raises:
             EngineError: The images do not fit the file, or an operator fails.
@@ -79,7 +80,7 @@ class ReferenceSession:
         return self._interpret(batch, {}, {})
 
     def run_recorded(
-        self, batch: NDArray[np.float32], forced: Mapping[str, NDArray[Any]] | None = None
+        self, batch: Images, forced: Mapping[str, NDArray[Any]] | None = None
     ) -> dict[str, NDArray[Any]]:
         """Run, and return the codes of every quantized activation and the logits.
 
@@ -113,14 +114,14 @@ class ReferenceSession:
                 raise EngineError(
                     f"{self._graph.name}: leaves its input size open {sizes}; run a batch first"
                 )
-            self._interpret(np.zeros((1, *(size or 0 for size in sizes)), np.float32), {}, {})
+            self._interpret(np.zeros((1, *(size or 0 for size in sizes)), self.takes), {}, {})
         return Placement(engine="reference", operators=self._placed or ())
 
     def _interpret(
-        self, batch: NDArray[np.float32], record: dict[str, NDArray[Any]], forced: Mapping[str, NDArray[Any]]
+        self, batch: Images, record: dict[str, NDArray[Any]], forced: Mapping[str, NDArray[Any]]
     ) -> NDArray[np.float32]:
         self._check(batch)
-        values = {self._graph.input: np.asarray(batch, np.float32)} | self._constants
+        values = {self._graph.input: checked(batch, self.takes, self._graph.name)} | self._constants
         kept = {self._graph.output, *self._constants}
         placed: list[PlacedOperator] = []
         # Overflow and the like give infinities as in any engine; a NaN is refused where it meets a
@@ -144,7 +145,7 @@ class ReferenceSession:
             )
         return np.asarray(floats(values[self._graph.output]), np.float32)
 
-    def _check(self, batch: NDArray[np.float32]) -> None:
+    def _check(self, batch: Images) -> None:
         wanted = self._graph.input_shape
         fits = batch.ndim == len(wanted) and all(
             size is None or size == given for size, given in zip(wanted[1:], batch.shape[1:], strict=True)

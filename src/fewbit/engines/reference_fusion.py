@@ -64,6 +64,7 @@ def fuse(graph: Graph, rounding: Rounding) -> Graph:
     """
     if rounding == "exact":
         return graph
+    graph = _ordered_first(graph)
     readers = Counter(name for node in graph.nodes for name in node.inputs if name)
     readers[graph.output] += 1
     uses = _Uses({name: n for n in graph.nodes for name in n.outputs}, readers, graph.constants)
@@ -81,6 +82,28 @@ def fuse(graph: Graph, rounding: Rounding) -> Graph:
             gone |= swallowed
     nodes = [made.get(node.outputs[0], node) for node in graph.nodes if node.outputs[0] not in gone]
     return replace(graph, nodes=tuple(nodes))
+
+
+def _ordered_first(graph: Graph) -> Graph:
+    """Put the axes of codes in order before they are dequantized, not after: the same values.
+
+    An engine reads codes in any order of axes, so a Transpose is nothing between them and its kernel.
+    """
+    readers = Counter(name for node in graph.nodes for name in node.inputs if name)
+    makers = {node.outputs[0]: node for node in graph.nodes}
+    swapped: dict[str, Node] = {}
+    for node in graph.nodes:
+        before = makers.get(node.inputs[0]) if node.kind == "Transpose" else None
+        if before is None or before.kind != "DequantizeLinear" or readers[node.inputs[0]] != 1:
+            continue
+        scale = graph.constants.get(before.inputs[1])
+        if scale is not None and scale.size == 1:
+            codes = f"{before.inputs[0]}:ordered"
+            swapped[before.outputs[0]] = replace(node, inputs=(before.inputs[0],), outputs=(codes,))
+            swapped[node.outputs[0]] = replace(
+                before, inputs=(codes, *before.inputs[1:]), outputs=node.outputs
+            )
+    return replace(graph, nodes=tuple(swapped.get(node.outputs[0], node) for node in graph.nodes))
 
 
 def _read_on(name: str, graph: Graph) -> bool:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fewbit import numerics
 from fewbit.errors import EngineError
+from fewbit.spec import ImageInput
 
 Array = NDArray[Any]
 
@@ -150,6 +151,7 @@ class Graph:
         constants: Weights and the like by name.
         input: Name of the only input.
         input_shape: Its sizes; none where the file leaves one open.
+        takes: Its type.
         output: Name of the first output.
     """
 
@@ -159,6 +161,7 @@ class Graph:
     input: str
     input_shape: tuple[int | None, ...]
     output: str
+    takes: ImageInput = "float32"
 
 
 def read_graph(path: Path) -> Graph:
@@ -193,7 +196,9 @@ def read_graph(path: Path) -> Graph:
         dim.dim_value if dim.HasField("dim_value") else None for dim in inputs[0].type.tensor_type.shape.dim
     )
     nodes = tuple(_read_node(proto, index, opset) for index, proto in enumerate(graph.node))
-    return Graph(path.name, nodes, constants, inputs[0].name, shape, graph.output[0].name)
+    pixels = inputs[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    takes: ImageInput = "uint8" if pixels else "float32"
+    return Graph(path.name, nodes, constants, inputs[0].name, shape, graph.output[0].name, takes)
 
 
 def _read_node(proto: onnx.NodeProto, index: int, opset: int) -> Node:

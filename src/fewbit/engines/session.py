@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fewbit.spec import Frozen
+from fewbit.spec import Frozen, ImageInput
 
 EngineName = Literal["onnxruntime", "openvino", "reference"]
 FloatPrecision = Literal["float32", "bf16"]
@@ -117,11 +117,20 @@ class BlockTime(Frozen):
         return self.images / self.seconds
 
 
-class Session(Protocol):
-    """An opened file."""
+Images = NDArray[Any]  # float32 (N, C, H, W), or uint8 (N, H, W, C)
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return logits (N, classes) of images (N, C, H, W), for any N.
+
+class Session(Protocol):
+    """An opened file.
+
+    Attributes:
+        takes: What its input is: float32 images (N, C, H, W), or uint8 pixels (N, H, W, C).
+    """
+
+    takes: ImageInput
+
+    def run(self, batch: Images) -> NDArray[np.float32]:
+        """Return logits (N, classes) of images, for any N.
 
         More images than the setting's batch go through in calls of that size, `streams` of them at once. It
         may be called from as many threads at once as the setting has streams.

@@ -12,13 +12,14 @@ from torch import fx, nn
 from fewbit import ops
 from fewbit.errors import RecipeError
 from fewbit.export.emit import Emitter, stand_between
-from fewbit.export.pixels import INPUT_TYPES, ImageInput, PixelWay
+from fewbit.export.pixels import INPUT_TYPES, PixelWay
 from fewbit.export.qdq import dynamic_codes, dynamic_layer, quantize_activation, quantized_layer
 from fewbit.files import write_atomically
 from fewbit.net import Layer, Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
 from fewbit.place.targets import Target
 from fewbit.ranges.calibrate import input_quantizer
+from fewbit.spec import ImageInput
 from fewbit.version import __version__
 
 OPSET = 21

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -15,8 +14,8 @@ from fewbit.export.emit import Emitter
 from fewbit.export.qdq import grid_constants
 from fewbit.net import Layer
 from fewbit.place.quantizer import PixelQuantizer
+from fewbit.spec import ImageInput
 
-ImageInput = Literal["float32", "uint8"]
 INPUT_TYPES = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8}
 _CHANNELS_FIRST = [0, 3, 1, 2]
 

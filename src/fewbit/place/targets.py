@@ -8,9 +8,7 @@ from __future__ import annotations
 from fewbit.errors import RecipeError, suggest
 from fewbit.spec import Frozen
 
-_SHARING = frozenset(
-    {"MaxPool", "Flatten", "Reshape", "Permute", "Slice", "Pad", "Frame", "Upsample", "Min"}
-)
+_SHARING = frozenset({"MaxPool", "Flatten", "Reshape", "Permute", "Slice", "Pad", "Frame", "Upsample", "Min"})
 
 
 class Target(Frozen):

@@ -14,22 +14,23 @@ _WHITE = 255
 
 
 class FoldInput(Step):
-    """Fold ``x = a p + b``, what preprocessing makes of a pixel p in each channel, into the first convolution.
+    """Fold ``x = a p + b``, what preprocessing makes of a channel's pixel p, into the first convolution.
 
     With W the weights of the convolutions that read the image, computed in float64::
 
         W'[o, c] = a[c] W[o, c]        bias'[o] = bias[o] + sum over c and taps of b[c] W[o, c]
 
-    so that they read pixels, whole numbers from 0 to 255 with scale 1 and zero point 0: the image is no longer
-    rounded at all, and `fewbit quantize --input uint8` writes a file that takes uint8 images (N, H, W, C).
-    A file that takes float32 images (N, C, H, W) begins with the way back, ``p = (x - b) / a``.
+    so that they read pixels, whole numbers from 0 to 255 with scale 1 and zero point 0: the image is no
+    longer rounded at all, and `fewbit quantize --input uint8` writes a file that takes uint8 pixels
+    (N, H, W, C). A file that takes float32 images (N, C, H, W) begins with the way back, ``p = (x - b) / a``.
 
     Padding stands for x = 0, which is the pixel -b[c] / a[c], another one in each channel and none that an
     integer kernel can pad with. So it becomes a frame around the image in that colour, rounded to whole
     pixels: the only change to what the network computes, at most half a pixel, and only in the padding.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference", 2018, arXiv 1712.05877, section 3.2 (folding a shift and a scale).
+    Integer-Arithmetic-Only Inference", 2018, arXiv 1712.05877, section 3.2.
+    Differs: what is folded is the shift and scale of preprocessing, before the layer instead of behind it.
     """
 
     needs = frozenset({"canonical"})
@@ -72,17 +73,13 @@ class FoldInput(Step):
 
 
 def _readers(net: Net, image: fx.Node) -> list[tuple[fx.Node, nn.Conv2d]]:
-    found = []
+    found: list[tuple[fx.Node, nn.Conv2d]] = []
     for node in image.users:
         module = net.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
             raise RecipeError(
-                f"{net.name}: layer '{name_of(node)}' reads the image and is no convolution with zero padding, "
-                "so the preprocessing cannot be folded; leave the step fold_input out"
-            )
-        if any(module is other for _, other in found):
-            raise RecipeError(
-                f"{net.name}: convolution '{name_of(node)}' reads the image twice; leave the step fold_input out"
+                f"{net.name}: layer '{name_of(node)}' reads the image and is no convolution with zero "
+                "padding, so the preprocessing cannot be folded; leave the step fold_input out"
             )
         found.append((node, module))
     return found

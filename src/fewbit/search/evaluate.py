@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewbit.data.image_set import ImageSet
+from fewbit.engines.session import Images
 from fewbit.measure.accuracy import Predictions
 from fewbit.measure.race import Race
 from fewbit.search.budget import Budget
+from fewbit.spec import ImageInput
 
 _RISK = 0.01
 _LOOKS = 16
@@ -21,8 +23,13 @@ _LOOKS = 16
 class Runner(Protocol):
     """What answers with logits: `fewbit.engines.process.RemoteSession` is one."""
 
-    def logits(self, batches: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Return logits (N, classes) of batches of images (n, C, H, W)."""
+    @property
+    def takes(self) -> ImageInput:
+        """What the file's input is."""
+        ...
+
+    def logits(self, batches: Iterable[Images]) -> NDArray[np.float32]:
+        """Return logits (N, classes) of batches of images."""
         ...
 
 
@@ -45,6 +52,11 @@ def races(budgets: Sequence[Budget], reference: Predictions | None, images: int)
             limit = 1 - budget.limit if budget.larger_is_better else budget.limit
             found.append(Race.of_errors(limit, images, 5 if budget.k == 5 else 1, _RISK))
     return found
+
+
+def batches_for(runner: Runner, images: ImageSet, batch: int) -> Iterator[Images]:
+    """Return images in batches of the type that a file takes."""
+    return images.pixels(batch) if runner.takes == "uint8" else images.batches(batch)
 
 
 def evaluate(
@@ -70,7 +82,7 @@ def evaluate(
         The predictions of the images that were run, and why it ended early; empty where it did not.
     """
     targets, parts, done = images.targets, list[Predictions](), 0
-    batches, at_once = images.batches(batch), max(1, len(targets) // (_LOOKS * batch))
+    batches, at_once = batches_for(runner, images, batch), max(1, len(targets) // (_LOOKS * batch))
     while done < len(targets):
         logits = runner.logits(islice(batches, at_once))
         parts.append(Predictions.from_logits(logits, targets[done : done + len(logits)]))
