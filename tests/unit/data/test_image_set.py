@@ -309,3 +309,14 @@ def no_thread_errors() -> Iterator[None]:
     yield
     threading.excepthook = hook
     assert failures == []
+
+
+def test_pixels_are_what_batches_are_made_of(tmp_path: Path, made: Any, write: Any, section: Any) -> None:
+    source = open_images(write(tmp_path / "images", made))
+    facts = section(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    with ImageSet(source, facts, 3) as images:
+        pixels = list(images.pixels(40))
+        assert [part.shape for part in pixels] == [(40, 8, 8, 3), (3, 8, 8, 3)]
+        assert all(part.dtype == np.uint8 for part in pixels)
+        for part, batch in zip(pixels, images.batches(40), strict=True):
+            np.testing.assert_array_equal(normalize(part, facts), batch)

@@ -15,6 +15,7 @@ from fewbit.load.card import InputSection
 from fewbit.measure.accuracy import Predictions
 from fewbit.search.budget import parse_budget
 from fewbit.search.evaluate import evaluate, races
+from fewbit.spec import ImageInput
 
 IMAGES = 1200
 
@@ -37,6 +38,8 @@ class Eye:
 
     def __init__(self, wrong: float, seed: int = 0) -> None:
         self.wrong, self.rng, self.seen = wrong, np.random.default_rng(seed), 0
+
+    takes: ImageInput = "float32"
 
     def logits(self, batches: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
         found = []
