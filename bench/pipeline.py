@@ -30,6 +30,7 @@ import fewbit
 from fewbit.data.preprocess import normalize
 from fewbit.data.sample import choose_balanced
 from fewbit.engines.session import BlockTime, Session
+from fewbit.load.capture import load
 from fewbit.measure.speed import Timing
 from fewbit.registry import find
 
@@ -63,7 +64,7 @@ class Way:
 
 def build(card: fewbit.Card, engine: str, images: fewbit.ImageSet, recipe: str, folder: Path) -> list[Path]:
     """Return the plain file, and the two of the recipe with the preprocessing folded in."""
-    net, aim = fewbit.load_network(card), fewbit.target(engine)
+    net, aim = load(card), fewbit.target(engine)
     chosen = fewbit.read_recipe(recipe)
     context = fewbit.image_context(images, engine)
     paths = [folder / f"{card.network.name}-{engine}-{name}.onnx" for name in ("plain", *WAYS[::2])]

@@ -79,6 +79,11 @@ class Recipe(Frozen):
             return False
         return any(step.reads_images(self.scheme) for step in steps)
 
+    @property
+    def folds_input(self) -> bool:
+        """It folds the preprocessing into the first layer, so its file can take pixels."""
+        return any(step.get("use") == "fold_input" for step in self.steps)
+
     def with_float(self, layers: Sequence[str]) -> Recipe:
         """Return the same recipe with some layers left in float."""
         rules = tuple(Rule(match=layer, keep_float=True) for layer in layers)
@@ -93,7 +98,7 @@ class Recipe(Frozen):
         >>> [step["use"] for step in read_recipe("int8").with_pixels().steps]
         ['canonical', 'fold_bn', 'fold_input', 'place', 'calibrate']
         """
-        if any(step.get("use") == "fold_input" for step in self.steps):
+        if self.folds_input:
             return self
         folded = [place for place, step in enumerate(self.steps) if step.get("use") in _EXACT_STEPS]
         behind = max(folded, default=-1) + 1

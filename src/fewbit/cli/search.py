@@ -22,6 +22,7 @@ from fewbit.cli.options import (
 )
 from fewbit.cli.progress import search_progress
 from fewbit.errors import InputError, suggest
+from fewbit.spec import ImageInput
 
 ENGINES = ("onnxruntime", "openvino")
 
@@ -57,6 +58,14 @@ def parse_engines(text: str, option: str = "--engines") -> tuple[Any, ...]:
 @click.option("--engines", default=",".join(ENGINES), show_default=True, help="Which may run the answer.")
 @click.option("--batch", "batches", type=Numbers(int, 1), default="1,8,32", show_default=True)
 @click.option("--threads", type=int, help="Of a run; all cores where not given.")
+@click.option(
+    "--input",
+    "takes",
+    type=click.Choice(["any", "float32"]),
+    default="any",
+    show_default=True,
+    help="What the answer may take: preprocessed images only, or uint8 pixels (N, H, W, C) too.",
+)
 @click.option("--minutes", type=float, help="End after so long with the best found.")
 @click.option("--trials", type=int, help="End after so many trials with the best found.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -87,12 +96,15 @@ def search(cards: tuple[str, ...], **options: Any) -> int:
     budgets = tuple(parse_budget(text) for text in options.pop("budgets"))
     resume = options.pop("resume")
     _check_resume(resume, options["out"])
+    both: tuple[ImageInput, ...] = ("float32", "uint8")
+    inputs = both if options.pop("takes") == "any" else both[:1]
     given = StudyOptions(
         cards=tuple(find_card(card, facts) for card in cards),
         budgets=budgets,
         engines=parse_engines(options.pop("engines")),
         out=resume or options.pop("out"),
         resume=resume is not None,
+        inputs=inputs,
         command=shlex.join(["fewbit", *sys.argv[1:]]),
         **{key: value for key, value in options.items() if key != "out"},
     )

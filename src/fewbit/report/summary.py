@@ -94,7 +94,7 @@ def answer_trial(study: StudyRecord) -> Trial:
 
 def is_float(trial: Trial) -> bool:
     """Say whether a trial is the network before quantization."""
-    return trial.recipe in words.FLOAT_RECIPES
+    return trial.recipe.removesuffix("-pixels") in words.FLOAT_RECIPES
 
 
 def float_accuracy(trial: Trial) -> Accuracy | None:
@@ -336,6 +336,7 @@ def _who_json(trial: Trial) -> dict[str, Any]:
         "batch": setting.batch,
         "threads": setting.threads,
         "streams": setting.streams,
+        "input": trial.takes,
     }
 
 

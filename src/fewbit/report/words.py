@@ -141,13 +141,18 @@ def recipe(name: str, keep_float: Sequence[str] = ()) -> str:
 
     >>> recipe("int8-percentile"), recipe("my-own"), recipe("int8-float1", ["conv1"])
     ('int8 (percentile ranges)', 'my-own', 'int8 (min-max ranges, 1 layer in float)')
+    >>> recipe("int8-pixels")
+    'int8 (min-max ranges, uint8 pixels in)'
     """
-    base = name.removesuffix(f"-float{len(keep_float)}")
+    plain = name.removesuffix("-pixels")
+    base = plain.removesuffix(f"-float{len(keep_float)}")
     text = RECIPES.get(base, base)
-    if not keep_float:
+    more = [f"{several(len(keep_float), 'layer')} in float"] if keep_float else []
+    more += ["uint8 pixels in"] if plain != name else []
+    if not more:
         return text
-    kept = f"{several(len(keep_float), 'layer')} in float"
-    return f"{text[:-1]}, {kept})" if text.endswith(")") else f"{text} ({kept})"
+    said = ", ".join(more)
+    return f"{text[:-1]}, {said})" if text.endswith(")") else f"{text} ({said})"
 
 
 def setting(how: Setting) -> str:

@@ -10,6 +10,7 @@ from fewbit.errors import BudgetError, CardError, InputError
 from fewbit.load.card import Card
 from fewbit.search.budget import Budget
 from fewbit.search.standing import Objective
+from fewbit.spec import ImageInput
 
 CALIBRATION_IMAGES = 512
 HOLDOUT_FRACTION = 0.4
@@ -37,6 +38,7 @@ class StudyOptions:
         calibration: Other images to calibrate with; else some of `data`, which then never evaluate.
         calibration_images: How many; at most a sixth of `data` where they are taken from it.
         holdout_fraction: Share of the images left that only confirm the answer.
+        inputs: What the file of the answer may take.
         pace: Seconds spent on timing, as a multiple of the usual; less gives wider intervals.
         command: What the user typed, for the report.
     """
@@ -58,6 +60,7 @@ class StudyOptions:
     calibration: Path | None = None
     calibration_images: int = CALIBRATION_IMAGES
     holdout_fraction: float = HOLDOUT_FRACTION
+    inputs: tuple[ImageInput, ...] = ("float32", "uint8")
     pace: float = 1.0
     command: str = ""
 

@@ -11,7 +11,7 @@ from fewbit.engines.session import EngineName
 from fewbit.measure.speed import Timing
 from fewbit.search.budget import Budget, Measured
 from fewbit.search.trial import BudgetCheck, Trial
-from fewbit.spec import Frozen
+from fewbit.spec import Frozen, ImageInput
 
 Objective = Literal["throughput", "latency", "size"]
 
@@ -41,6 +41,7 @@ class Terms(Frozen):
             fewest bytes.
         confidence: See `Budget.check`.
         bf16_engines: Engines that compute in bfloat16 natively on this host.
+        inputs: What the answer may take.
     """
 
     networks: tuple[str, ...]
@@ -49,6 +50,7 @@ class Terms(Frozen):
     objective: Objective = "throughput"
     confidence: float = 0.5
     bf16_engines: tuple[EngineName, ...] = ()
+    inputs: tuple[ImageInput, ...] = ("float32",)
 
 
 def measured(trial: Trial) -> Measured:
@@ -205,7 +207,10 @@ class Standing:
         return [
             t
             for t in self.trials
-            if _pair(t) == pair and t.keep_float and t.recipe.startswith(f"{base}-float")
+            if _pair(t) == pair
+            and t.keep_float
+            and t.takes == "float32"
+            and t.recipe.startswith(f"{base}-float")
         ]
 
     def int8_value(self, pair: Pair) -> float | None:
@@ -243,4 +248,4 @@ def _pair(trial: Trial) -> Pair:
 
 
 def _is_int8(trial: Trial) -> bool:
-    return trial.recipe.startswith("int8")
+    return trial.recipe.startswith("int8") and trial.takes == "float32"

@@ -336,6 +336,7 @@ def _terms(options: StudyOptions, host: Host) -> Terms:
         objective=options.objective,
         confidence=options.confidence,
         bf16_engines=tuple(e for e in options.engines if e == "openvino") if host.bf16 else (),
+        inputs=options.inputs,
     )
 
 

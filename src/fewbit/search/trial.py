@@ -9,7 +9,7 @@ from fewbit.measure.accuracy import Accuracy, Comparison
 from fewbit.measure.host import Host
 from fewbit.measure.speed import Surveyed, Timing
 from fewbit.sensitivity.records import Histogram, LayerRecord
-from fewbit.spec import Frozen
+from fewbit.spec import Frozen, ImageInput
 
 __all__ = [
     "Answer",
@@ -48,6 +48,8 @@ class Trial(Frozen):
         seconds: What the trial cost.
         keep_float: Layers that the recipe leaves in float beyond its own rules.
         survey: The settings that were tried to find `setting`, the best first.
+        base: The shipped recipe that its recipe is made from.
+        takes: What the file takes.
     """
 
     key: str
@@ -67,6 +69,8 @@ class Trial(Frozen):
     seconds: float = 0.0
     keep_float: tuple[str, ...] = ()
     survey: tuple[Surveyed, ...] = ()
+    base: str = ""
+    takes: ImageInput = "float32"
 
 
 class Skipped(Frozen):

@@ -25,6 +25,7 @@ from fewbit.search.ladder import Proposal
 from fewbit.search.ranking import images_for_ranking, rank_layers
 from fewbit.search.trial import LayerRecord
 from fewbit.sensitivity.sqnr import layer_records
+from fewbit.spec import ImageInput
 from fewbit.step import Context
 from fewbit.version import __version__
 
@@ -109,10 +110,13 @@ class Workbench:
 
     def recipe(self, proposal: Proposal) -> Recipe:
         """Return the recipe of a proposal."""
-        base = read_recipe(proposal.base)
-        if not proposal.keep_float:
-            return base
-        return base.with_float(proposal.keep_float).model_copy(update={"name": proposal.recipe})
+        made = read_recipe(proposal.base)
+        if proposal.keep_float:
+            made = made.with_float(proposal.keep_float)
+        if proposal.takes == "uint8":
+            made = made.with_pixels()
+        own = not proposal.keep_float and proposal.takes == "float32"
+        return made if own else made.model_copy(update={"name": proposal.recipe})
 
     def file_of(self, recipe: Recipe, engine: EngineName) -> Path:
         """Return where the file of a recipe goes; one float file serves every engine."""
@@ -133,7 +137,8 @@ class Workbench:
             raise
         path = self.file_of(recipe, engine)
         facts = describe_export(self.card, recipe, engine, self.images.calibration)
-        export_onnx(net, path, target(engine) if recipe.places else None, facts)
+        takes: ImageInput = "uint8" if recipe.folds_input else "float32"
+        export_onnx(net, path, target(engine) if recipe.places else None, facts, takes)
         shutil.rmtree(self._partial, ignore_errors=True)
         return Built(path, recipe, net)
 
