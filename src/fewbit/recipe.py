@@ -148,6 +148,7 @@ def image_context(
     seed: int = 0,
     advance: Callable[[str, float], None] | None = None,
     scratch: Path | None = None,
+    exact_sums: bool = True,
 ) -> Context:
     """Return the Context of a recipe that calibrates with these images.
 
@@ -159,6 +160,7 @@ def image_context(
         seed: Of every random choice.
         advance: Told the name of a step and the fraction done.
         scratch: A folder where long steps keep what they have done, to go on there after a kill.
+        exact_sums: See `fewbit.place.targets.Target`.
     """
 
     def batches() -> Iterator[Tensor]:
@@ -170,7 +172,7 @@ def image_context(
             if advance is not None:
                 advance("calibrate", min(1.0, (done + 1) * batch / len(images)))
 
-    return Context(Scheme(), target(engine), batches, seed, advance, scratch)
+    return Context(Scheme(), target(engine, exact_sums), batches, seed, advance, scratch)
 
 
 def _images_at_once(size: tuple[int, int, int]) -> int:

@@ -83,13 +83,14 @@ def _measure(
     options: dict[str, Any],
     tell: Any,
 ) -> list[tuple[str, Any]]:
-    from fewbit.cli.subjects import find_subjects
+    from fewbit.cli.subjects import find_subjects, tell_of_sums
     from fewbit.engines.process import EngineProcess
     from fewbit.engines.session import Setting
     from fewbit.measure.speed import measure_interleaved
 
     threads = default_threads(options["threads"])
     found = find_subjects(subjects, facts, folder, card)
+    tell_of_sums(found, engines)
     names, sessions = [], []
     with ExitStack() as stack:
         processes = {engine: stack.enter_context(EngineProcess(engine)) for engine in engines}

@@ -74,7 +74,7 @@ def _predict(
     tell: Tell,
 ) -> tuple[list[Any], int, int]:
     """Run every subject on the images that calibrated none of them."""
-    from fewbit.cli.subjects import find_subjects, open_sets
+    from fewbit.cli.subjects import find_subjects, open_sets, tell_of_sums
     from fewbit.engines.process import EngineProcess
     from fewbit.engines.session import Setting
     from fewbit.measure.accuracy import Predictions
@@ -86,6 +86,7 @@ def _predict(
         threads=default_threads(options["threads"]),
     )
     subjects = find_subjects(names, facts, folder, card)
+    tell_of_sums(subjects, (engine,))
     sets, left_out, skipped = open_sets(subjects, data, options["strict"])
     found = []
     for one, images in zip(subjects, sets, strict=True):

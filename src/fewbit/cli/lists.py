@@ -73,9 +73,10 @@ def engines(as_json: bool) -> None:
         return
     console = Console()
     console.print(f"{host.cpu}: {', '.join(host.isa)}")
-    table = Table("engine", "version", *next(iter(found)).precisions)
+    table = Table("engine", "version", *next(iter(found)).precisions, "u8 x s8 sums")
     for row in found:
-        table.add_row(row.engine, row.version, *(p.partition(":")[0] for p in row.precisions.values()))
+        told = (*row.precisions.values(), row.sums)
+        table.add_row(row.engine, row.version, *(text.partition(":")[0] for text in told))
     console.print(table)
     for row in found:
         for case, precision in row.precisions.items():

@@ -36,6 +36,14 @@ from fewbit.cli.progress import step_progress
     show_default=True,
     help="What the file takes: preprocessed images (N, C, H, W), or the pixels themselves (N, H, W, C).",
 )
+@click.option(
+    "--sums",
+    type=click.Choice(["auto", "exact", "saturating"]),
+    default="auto",
+    show_default=True,
+    help="How the processor adds products of u8 and s8: exactly (VNNI, AMX, Arm), or in 16 bits, where "
+    "weights then take 7 bits; auto asks this one.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--strict", is_flag=True, help="A broken image stops the run.")
 @card_options
@@ -49,8 +57,8 @@ def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, 
     from fewbit.recipe import image_context, read_recipe, run_recipe
 
     given = find_card(card, take_card_facts(options))
-    chosen, aim = read_recipe(recipe), target(engine)
-    takes = options.pop("takes")
+    chosen, exact = read_recipe(recipe), _sums_exactly(engine, options.pop("sums"))
+    aim, takes = target(engine, exact), options.pop("takes")
     if takes == "uint8":
         chosen = chosen.with_pixels()
     source = options.pop("calibration") or data
@@ -65,9 +73,9 @@ def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, 
         images = _calibration_images(given, source, **{k: v for k, v in options.items() if k != "as_json"})
     progress = step_progress(given.network.name, options["as_json"])
     with images or nullcontext(), _partial(out) as scratch, progress as tell:
-        context = image_context(images, engine, options["seed"], tell, scratch)
+        context = image_context(images, engine, options["seed"], tell, scratch, exact)
         made, reports = run_recipe(chosen, net, context)
-        facts = describe_export(given, chosen, engine, images)
+        facts = describe_export(given, chosen, engine, images, exact)
         export_onnx(made, out, aim if chosen.places else None, facts, takes)
     answer = {
         "network": given.network.name,
@@ -85,10 +93,22 @@ def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, 
         click.echo(
             f"{report.step:<14} {report.seconds:6.2f} s  {report.changed} changed  {'; '.join(report.notes)}"
         )
+    if chosen.places and not exact:
+        click.echo("weights have 7 bits at most, for processors that add products of u8 and s8 in 16 bits")
     if images is not None:
         click.echo(f"calibrated on {len(images.names)} images; evaluate it on others")
     click.echo(f"{out}: {answer['bytes']:,} bytes, for {engine}")
     return 0
+
+
+def _sums_exactly(engine: str, sums: str) -> bool:
+    """Tell how the processor that a file is for adds products of u8 and s8; ask this one where not told."""
+    from fewbit.engines.saturation import saturating_engines
+    from fewbit.measure.host import describe_host
+
+    if sums != "auto":
+        return sums == "exact"
+    return engine not in saturating_engines((engine,), describe_host().saturates_u8s8)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from fewbit.cli.options import find_card
 from fewbit.data.image_set import ImageSet
 from fewbit.data.images import open_images
+from fewbit.engines.session import EngineName
 from fewbit.errors import CardError, DataError
 from fewbit.load.card import Card
 from fewbit.load.exported import Exported, read_exported
@@ -78,6 +81,30 @@ def find_subject(argument: str, facts: dict[str, Any], folder: Path, beside: Car
             )
     card = find_card(argument, facts)
     return Subject(card.network.name, export_float(card, folder), card)
+
+
+def tell_of_sums(subjects: Sequence[Subject], engines: Sequence[EngineName]) -> None:
+    """Warn of files that were made for processors which add products of u8 and s8 otherwise than this one."""
+    from fewbit.engines.saturation import saturating_engines
+    from fewbit.measure.host import describe_host
+
+    told = [subject for subject in subjects if subject.exported is not None and subject.exported.sums]
+    saturating = saturating_engines(engines, describe_host().saturates_u8s8) if told else ()
+    for subject, engine in itertools.product(told, engines):
+        assert subject.exported is not None
+        if engine in saturating and subject.exported.sums == "exact":
+            click.echo(
+                f"{subject.path}: was made for processors that add products of u8 and s8 exactly, and "
+                f"{engine} does not on this one: its results can be wrong; quantize it again here, or with "
+                "--sums saturating",
+                err=True,
+            )
+        if engine not in saturating and subject.exported.sums == "saturating":
+            click.echo(
+                f"{subject.path}: has weights of 7 bits, for processors that add products of u8 and s8 in 16 "
+                f"bits; {engine} adds them exactly on this one: quantize it again here for more accuracy",
+                err=True,
+            )
 
 
 def export_float(card: Card, folder: Path) -> Path:

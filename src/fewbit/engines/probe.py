@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fewbit.engines.process import EngineProcess
+from fewbit.engines.saturation import saturates
 from fewbit.engines.session import EngineName, Setting
 from fewbit.errors import EngineError
 from fewbit.spec import Frozen
@@ -26,11 +27,13 @@ class Probed(Frozen):
         engine: Its name.
         version: The installed version.
         precisions: For each kind of operator, what it ran in ("int8", "float32", "bf16") or why it did not.
+        sums: How it adds products of u8 and s8 here: "exact", "saturating", or why that is not known.
     """
 
     engine: EngineName
     version: str
     precisions: dict[str, str]
+    sums: str = ""
 
 
 def probe_engines() -> tuple[Probed, ...]:
@@ -40,10 +43,16 @@ def probe_engines() -> tuple[Probed, ...]:
     with tempfile.TemporaryDirectory() as folder:
         for engine in engines:
             precisions = {case: _precision(engine, case, Path(folder)) for case in _CASES}
-            found.append(
-                Probed(engine=engine, version=importlib.metadata.version(engine), precisions=precisions)
-            )
+            version, sums = importlib.metadata.version(engine), _sums(engine)
+            found.append(Probed(engine=engine, version=version, precisions=precisions, sums=sums))
     return tuple(found)
+
+
+def _sums(engine: EngineName) -> str:
+    try:
+        return "saturating" if saturates(engine) else "exact"
+    except EngineError as reason:
+        return f"none: {reason}"
 
 
 def _precision(engine: EngineName, case: str, folder: Path) -> str:

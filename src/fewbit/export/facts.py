@@ -10,7 +10,9 @@ from fewbit.load.card import Card
 from fewbit.recipe import Recipe
 
 
-def describe_export(card: Card, recipe: Recipe, engine: str, images: ImageSet | None) -> dict[str, str]:
+def describe_export(
+    card: Card, recipe: Recipe, engine: str, images: ImageSet | None, exact_sums: bool = True
+) -> dict[str, str]:
     """Return the metadata to put into an exported file, so that it can be evaluated without its card.
 
     Args:
@@ -19,6 +21,7 @@ def describe_export(card: Card, recipe: Recipe, engine: str, images: ImageSet | 
         engine: What it was made for.
         images: The calibration images, none where there are none; those that the recipe used are named, for
             they must not evaluate the file. Of their source only the name is kept, not the folder.
+        exact_sums: Whether the processors that it is made for sum products of u8 and s8 exactly.
     """
     labels = None if card.labels_path is None else read_labels(card.labels_path, card.network.classes)
     facts = {
@@ -28,6 +31,8 @@ def describe_export(card: Card, recipe: Recipe, engine: str, images: ImageSet | 
         "labels": labels,
         "calibration_images": sorted(set(images.hashes)) if images is not None and recipe.uses_images else [],
     }
+    if recipe.places:
+        facts["sums"] = "exact" if exact_sums else "saturating"
     return {
         "card": json.dumps(facts, sort_keys=True, separators=(",", ":")),
         "recipe": recipe.to_toml(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -25,6 +26,8 @@ class Exported(Frozen):
         input: From an image file to the network's input.
         labels: Folder name -> class index, none where the sorted folder names count.
         calibration_images: The images that calibrated it and so must not evaluate it; see `ImageSet.hashes`.
+        sums: How the processors that it was made for sum products of u8 and s8; none for a float file, and
+            for one of a version that did not say.
     """
 
     network: str
@@ -32,6 +35,7 @@ class Exported(Frozen):
     input: InputSection
     labels: dict[str, int] | None
     calibration_images: frozenset[str]
+    sums: Literal["exact", "saturating"] | None = None
 
     def card(self, path: Path) -> Card:
         """Return the card of the file itself."""

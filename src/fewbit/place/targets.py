@@ -26,6 +26,8 @@ class Target(Frozen):
         fuses_residual: The engine adds a residual inside the convolution's kernel, in float, so no
             quantizer stands between a convolution and the sum that alone reads it.
         splits_silu: The engine runs SiLU in integers only as a sigmoid and a product.
+        exact_sums: Products of u8 and s8 are summed exactly. Else pairs of them go through 16 bits (x86
+            without VNNI), and weights take 7 bits at most but in depthwise convolutions, so that they fit.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Target(Frozen):
     quantizes_output: bool
     fuses_residual: bool
     splits_silu: bool
+    exact_sums: bool = True
 
 
 TARGETS: dict[str, Target] = {
@@ -74,12 +77,16 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def target(name: str) -> Target:
+def target(name: str, exact_sums: bool = True) -> Target:
     """Return a Target by its engine's name.
+
+    Args:
+        name: The engine's.
+        exact_sums: See `Target`; a property of the processor, so it is not in the table.
 
     Raises:
         RecipeError: There is none.
     """
     if name not in TARGETS:
         raise RecipeError(f"target '{name}'{suggest(name, TARGETS)}: there are {', '.join(TARGETS)}")
-    return TARGETS[name]
+    return TARGETS[name].model_copy(update={"exact_sums": exact_sums})

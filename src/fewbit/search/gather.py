@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from fewbit.data.image_set import ImageSet
 from fewbit.data.images import ImageSource, open_images
 from fewbit.data.sample import choose_balanced, split
+from fewbit.engines.session import EngineName
 from fewbit.errors import DataError
 from fewbit.load.capture import load
 from fewbit.load.card import Card, ExpectedSection
@@ -27,12 +28,15 @@ _CALIBRATION_SHARE = 6
 Tell = Callable[[str, float], None]
 
 
-def gather(options: StudyOptions, tell: Tell) -> tuple[tuple[Workbench, ...], DataRecord]:
+def gather(
+    options: StudyOptions, tell: Tell, saturating: Collection[EngineName] = ()
+) -> tuple[tuple[Workbench, ...], DataRecord]:
     """Load the networks, open and decode the images, and split them.
 
     Args:
         options: What the search is told.
         tell: Told what is going on and the fraction done.
+        saturating: Engines that do not sum products of u8 and s8 exactly on this processor.
 
     Returns:
         One workbench a card, and what the images are.
@@ -54,7 +58,8 @@ def gather(options: StudyOptions, tell: Tell) -> tuple[tuple[Workbench, ...], Da
             whole.decode(lambda fraction: tell("decoding images", fraction))
             wholes.append(whole)
             shared[known] = _split(options, card, whole)
-        benches.append(Workbench(card, net, shared[known], options.out / "files", options.seed))
+        folder = options.out / "files"
+        benches.append(Workbench(card, net, shared[known], folder, options.seed, saturating))
     return tuple(benches), _record(options, benches[0], wholes[0])
 
 
@@ -74,6 +79,8 @@ def identity(
         "holdout fraction": str(options.holdout_fraction),
     }
     found |= {name: versions[name] for name in ("torch", "onnxruntime", "openvino") if name in versions}
+    if benches[0].saturating:
+        found["engines with saturating sums"] = ",".join(sorted(benches[0].saturating))
     for bench in benches:
         found[f"network {bench.name}"] = bench.digest
         found[f"network {bench.name} search images"] = bench.images.search.digest

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
+from fewbit.engines.saturation import saturating_engines
 from fewbit.engines.session import EngineName
 from fewbit.errors import InputError
 from fewbit.files import write_text
@@ -68,7 +69,7 @@ def run_study(options: StudyOptions, watch: Watch = silence) -> StudyRecord:
 
     with ExitStack() as stack:
         stack.enter_context(_folder(options))
-        benches, data = gather(options, tell)
+        benches, data = gather(options, tell, saturating_engines(options.engines, host.saturates_u8s8))
         known = _Known(options, _terms(options, host), host, known_versions, benches, data)
         journal = stack.enter_context(
             Journal(options.out, identity(options, benches, host, known_versions), options.resume)
@@ -364,10 +365,11 @@ def _first_notes(known: _Known) -> list[str]:
         notes.append(
             "a drop is counted from each network's own float32: a weak network may lose little and be worse"
         )
-    if known.host.saturates_u8s8:
-        notes.append(
-            "this processor's int8 products can saturate; accuracies hold for it and not for newer ones"
-        )
+    notes.extend(
+        f"{engine} adds products of u8 and s8 in 16 bits on this processor, where two of the largest do not "
+        "fit: weights have 7 bits, but in depthwise convolutions, whose sums are exact"
+        for engine in sorted(known.benches[0].saturating)
+    )
     return notes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,10 +83,20 @@ class Workbench:
         images: Its images.
         folder: Where its files go.
         seed: Of its recipes.
+        saturating: Engines that do not sum products of u8 and s8 exactly on this processor.
     """
 
-    def __init__(self, card: Card, net: Net, images: Images, folder: Path, seed: int) -> None:
+    def __init__(
+        self,
+        card: Card,
+        net: Net,
+        images: Images,
+        folder: Path,
+        seed: int,
+        saturating: Collection[EngineName] = (),
+    ) -> None:
         self.card, self.net, self.images, self.folder, self.seed = card, net, images, folder, seed
+        self.saturating = frozenset(saturating)
         self.name = card.network.name
         self.digest = digest_network(card, net)
         self._ranked: dict[tuple[EngineName, str], tuple[str, ...]] = {}
@@ -105,6 +115,7 @@ class Workbench:
             self.images.search.digest,
             str(self.seed),
             __version__,
+            *(("saturating",) if self._saturates(recipe, proposal.engine) else ()),
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
@@ -135,8 +146,8 @@ class Workbench:
         except Exception:  # what is left of a kill serves the next run, what is left of a failure nobody
             shutil.rmtree(self._partial, ignore_errors=True)
             raise
-        path = self.file_of(recipe, engine)
-        facts = describe_export(self.card, recipe, engine, self.images.calibration)
+        path, exact = self.file_of(recipe, engine), engine not in self.saturating
+        facts = describe_export(self.card, recipe, engine, self.images.calibration, exact)
         takes: ImageInput = "uint8" if recipe.folds_input else "float32"
         export_onnx(net, path, target(engine) if recipe.places else None, facts, takes)
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -157,7 +168,11 @@ class Workbench:
         return self._ranked[engine, base]
 
     def _context(self, engine: EngineName, advance: Advance | None) -> Context:
-        return image_context(self.images.calibration, engine, self.seed, advance, self._partial)
+        exact = engine not in self.saturating
+        return image_context(self.images.calibration, engine, self.seed, advance, self._partial, exact)
+
+    def _saturates(self, recipe: Recipe, engine: EngineName) -> bool:
+        return recipe.places and engine in self.saturating
 
     @property
     def _partial(self) -> Path:
