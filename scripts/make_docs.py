@@ -27,9 +27,10 @@ def page(kind: str, name: str, found: Any) -> str:
             f"| `{key}` | `{field.get_default(call_default_factory=True)!r}` |"
             for key, field in fields.items()
         ]
-    lines += ["", "## Recipes that use it", ""]
-    used = [r.name for r in shipped_recipes().values() if _uses(r.model_dump(), name)]
-    lines += [f"`{'`, `'.join(used)}`" if used else "none that ships"]
+    if kind != "sensitivity":  # no recipe has one, but a range method has the name of one
+        lines += ["", "## Recipes that use it", ""]
+        used = [r.name for r in shipped_recipes().values() if _uses(r.model_dump(), name)]
+        lines += [f"`{'`, `'.join(used)}`" if used else "none that ships"]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from fewbit.errors import RecipeError, suggest
 
-Kind = Literal["steps", "ranges", "engines"]
+Kind = Literal["steps", "ranges", "sensitivity", "engines"]
 
 ROWS: dict[Kind, dict[str, str]] = {
     "steps": {
@@ -48,6 +48,13 @@ ROWS: dict[Kind, dict[str, str]] = {
         "aciq": "fewbit.ranges.aciq:ACIQ",
         "lp_norm": "fewbit.ranges.lp_norm:LpNorm",
         "requant": "fewbit.ranges.requant:REQuant",
+    },
+    "sensitivity": {
+        "sqnr": "fewbit.sensitivity.sqnr:SQNR",
+        "kl": "fewbit.sensitivity.kl:KL",
+        "hessian": "fewbit.sensitivity.hessian:Hessian",
+        "fisher": "fewbit.sensitivity.fisher:Fisher",
+        "drop": "fewbit.sensitivity.drop:Drop",
     },
     "engines": {
         "onnxruntime": "fewbit.engines.onnxruntime:OnnxRuntime",

@@ -11,12 +11,19 @@ from fewbit import ops
 from fewbit.errors import RecipeError, suggest
 from fewbit.net import Layer, Net, add_layer, name_of
 from fewbit.place.power_quantizer import PowerQuantizer
-from fewbit.place.quantizer import DynamicQuantizer, PixelQuantizer, QuantConv2d, Quantizer, QuantLinear
+from fewbit.place.quantizer import (
+    DynamicQuantizer,
+    PixelQuantizer,
+    QuantConv2d,
+    Quantizer,
+    QuantLayer,
+    QuantLinear,
+)
 from fewbit.place.targets import Target
 from fewbit.spec import QuantSpec, Rule, Scheme
 from fewbit.step import Context, Step, StepReport
 
-_MATRIX = ("Conv", "Linear")
+MATRIX = ("Conv", "Linear")
 _FITTING_BITS = 7  # 2 x 255 x 63 fits 16 bits, 2 x 255 x 127 does not
 
 
@@ -59,7 +66,7 @@ class _Plan:
     def __init__(self, net: Net, scheme: Scheme, target: Target) -> None:
         self.net, self.scheme, self.target = net, scheme, target
         self.layers = {layer.node: layer for layer in net.layers()}
-        self.matrices = [layer.name for layer in self.layers.values() if layer.kind in _MATRIX]
+        self.matrices = [layer.name for layer in self.layers.values() if layer.kind in MATRIX]
         self.names = {layer.name for layer in self.layers.values()}
         self.depthwise = {layer.name for layer in self.layers.values() if _is_depthwise(layer)}
         self._check_rules()
@@ -182,7 +189,7 @@ class _Plan:
         layer = self.layers.get(user)
         if layer is None:
             return False
-        if layer.kind in _MATRIX:
+        if layer.kind in MATRIX:
             return layer.name in self.integer
         if self.keeps_float(layer):
             return False
@@ -204,6 +211,12 @@ def weight_specs(net: Net, scheme: Scheme, target: Target) -> dict[str, QuantSpe
     return {name: plan.weight_spec(name) for name in plan.matrices if name in plan.integer}
 
 
+def fused_residuals(net: Net, target: Target) -> dict[fx.Node, fx.Node]:
+    """Return, for each sum that the engine computes inside a convolution's kernel, that convolution."""
+    plan = _Plan(net, Scheme(), target)
+    return {next(iter(node.users)): node for node in plan.layers if plan.residual_of(node)}
+
+
 def _check_grid(layer: Layer, spec: QuantSpec, scheme: Scheme) -> None:
     if spec.grid == "power" and scheme.mode != "weights_only":
         raise RecipeError(
@@ -212,8 +225,9 @@ def _check_grid(layer: Layer, spec: QuantSpec, scheme: Scheme) -> None:
         )
 
 
-def _quantize_weight(net: Net, layer: Layer, spec: QuantSpec) -> None:
-    module: nn.Module
+def quantized_layer(layer: Layer, spec: QuantSpec) -> QuantLayer:
+    """Return a convolution or matrix product that rounds its weight to a grid, still without range."""
+    module: QuantLayer
     if isinstance(layer.module, nn.Conv2d):
         module = QuantConv2d(layer.module, spec, layer.name)
     else:
@@ -221,8 +235,12 @@ def _quantize_weight(net: Net, layer: Layer, spec: QuantSpec) -> None:
         module = QuantLinear(layer.module, spec, layer.name)
     if spec.grid == "power":
         module.weight_quantizer = PowerQuantizer(spec, module.weight_quantizer.name)
+    return module
+
+
+def _quantize_weight(net: Net, layer: Layer, spec: QuantSpec) -> None:
     parent, _, leaf = layer.name.rpartition(".")
-    setattr(net.graph.get_submodule(parent), leaf, module)
+    setattr(net.graph.get_submodule(parent), leaf, quantized_layer(layer, spec))
 
 
 def _place_dynamic(net: Net, plan: _Plan, matrices: list[Layer]) -> int:

@@ -1,17 +1,62 @@
-"""KL sensitivity: how far the answers move when one layer's weights get few bits."""
+"""KL sensitivity: how far the answers move when one region is rounded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewbit.errors import DataError, RecipeError
 from fewbit.net import Net
-from fewbit.place.quantizer import Quantizer
-from fewbit.ranges.weights import find_weight_range
+from fewbit.place.regions import Region
+from fewbit.sensitivity.one_region import OneRegion, Walk
+from fewbit.sensitivity.score import LabelledBatch, Sensitivities, Tell, ask
 from fewbit.spec import QuantSpec
+
+
+class KL(OneRegion):
+    """How far the distribution of the answers moves when one region is rounded.
+
+    With only region i rounded to k bits and all else in float::
+
+        Omega_i(k) = 1/N sum over n of KL( softmax(z_n) || softmax(z_n with region i at k bits) )
+
+    in nats. No label is needed. A shift that all logits have in common costs nothing. Each run takes what
+    lies before the region from the float network's.
+
+    Attributes:
+        ranges: Row of the registry's `ranges` that finds the ranges of weights.
+        activations: The grid of what the region's convolutions and matrix products read; none leaves it in
+            float.
+        activation_ranges: Row of `ranges` for them, from the images given.
+
+    Source: Z. Cai et al., ZeroQ: A Novel Zero Shot Quantization Framework, 2020, arXiv 2001.00281,
+        section 3.2; J. Kong et al., A KL Lens on Quantization, 2026, arXiv 2604.13440.
+    Differs: regions in place of layers; what they read is rounded too where a grid is given for it; any
+        images, real or distilled.
+
+    Example:
+        >>> KL(activations=QuantSpec(bits=4)).activations.bits
+        4
+    """
+
+    def score(
+        self,
+        net: Net,
+        batches: Sequence[LabelledBatch],
+        regions: Sequence[Region],
+        widths: Sequence[QuantSpec],
+        seed: int = 0,
+        tell: Tell | None = None,
+    ) -> Sensitivities:
+        """Return the mean divergence of each region at each width; see `Sensitivity.score`."""
+        question = ask("KL", net, batches, regions, widths)
+        walk, sums = Walk(question, self), np.zeros((len(regions), len(widths)))
+        for logits in walk.run(tell):
+            sums[logits.place] += float(kl_divergence(logits.exact, logits.found).sum())
+        # A sum over classes may come out below the 0 that it is by a last digit.
+        return question.answer("nats", np.maximum(sums, 0) / question.images, walk.forwards)
 
 
 def kl_divergence(exact: Tensor, found: Tensor) -> Tensor:
@@ -37,13 +82,11 @@ def kl_sensitivities(
     batches: Iterable[Tensor],
     widths: Sequence[QuantSpec],
     method: str = "minmax",
-    tell: Callable[[float], None] | None = None,
+    tell: Tell | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Return the sensitivity of each convolution and matrix product at each width of its weights.
 
-    With only layer i's weights rounded to k bits and all else in float::
-
-        Omega_i(k) = 1/N sum over n of KL( softmax(z_n) || softmax(z_n with layer i at k bits) )
+    It is `KL` with each of them as a region of its own.
 
     Args:
         net: In float, its BatchNorms folded; stays as it is.
@@ -56,42 +99,13 @@ def kl_sensitivities(
         By layer in the order in which they run, one number a width.
 
     Raises:
-        RecipeError: The network is quantized already.
+        RecipeError: The network is quantized already or not folded.
         DataError: No image came.
 
     Source: Cai et al., "ZeroQ: A Novel Zero Shot Quantization Framework", 2020, arXiv 2001.00281,
     section 3.2.
     """
-    if "placed" in net.facts:
-        raise RecipeError(f"{net.name}: is quantized already; give the float network")
-    net = net.clone().eval()
-    shown = list(batches)
-    images = sum(len(batch) for batch in shown)
-    if not images:
-        raise DataError("KL sensitivity: no image came; give at least one, or distil some")
-    layers = [layer for layer in net.layers() if isinstance(layer.module, nn.Conv2d | nn.Linear)]
-    found: dict[str, tuple[float, ...]] = {}
-    with torch.no_grad():
-        exact = [net(batch) for batch in shown]
-        for done, layer in enumerate(layers):
-            module, sums = layer.module, []
-            assert isinstance(module, nn.Conv2d | nn.Linear)
-            own = module.weight.data
-            for spec in widths:
-                module.weight.data = rounded(own, spec, method, layer.name)
-                gaps = [kl_divergence(z, net(batch)).sum() for z, batch in zip(exact, shown, strict=True)]
-                sums.append(float(torch.stack(gaps).sum()) / images)
-            module.weight.data = own
-            found[layer.name] = tuple(sums)
-            if tell is not None:
-                tell((done + 1) / len(layers))
-    return found
-
-
-def rounded(weight: Tensor, spec: QuantSpec, method: str, name: str) -> Tensor:
-    """Return a weight rounded to a grid whose range a method finds."""
-    quantizer = Quantizer(spec, name, weight=True)
-    found = find_weight_range(weight, spec, 0, method, name)
-    quantizer.set_range(found.low, found.high)
-    values: Tensor = quantizer(weight)
-    return values
+    names = [layer.name for layer in net.layers() if isinstance(layer.module, nn.Conv2d | nn.Linear)]
+    regions = [Region(name, (name,)) for name in names]
+    shown: list[LabelledBatch] = [(batch, None) for batch in batches]
+    return dict(KL(ranges=method).score(net, shown, regions, widths, tell=tell).losses)

@@ -1,27 +1,86 @@
-"""Signal to quantization noise, layer by layer."""
+"""Signal to quantization noise: of the answers when one region is rounded, and layer by layer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from fewbit.net import Layer, Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
+from fewbit.place.regions import Region
 from fewbit.place.targets import TARGETS
 from fewbit.prepare.canonical import Canonical
 from fewbit.prepare.fold_bn import FoldBN
+from fewbit.sensitivity.one_region import OneRegion, Walk
 from fewbit.sensitivity.records import Histogram, LayerRecord
-from fewbit.spec import Scheme
+from fewbit.sensitivity.score import LabelledBatch, Sensitivities, Tell, ask
+from fewbit.spec import QuantSpec, Scheme
 from fewbit.step import Context
 
 _BINS = 64
+_LEAST_SIGNAL = 1e-30
 _BEST_DB = 200.0
 DEAD = 1e-6
 _MOVES = frozenset({"equalized", "absorbed"})
+
+
+class SQNR(OneRegion):
+    """The share of noise in the logits when one region is rounded.
+
+    With only region i rounded to k bits, z the float network's logits and z' those found::
+
+        Omega_i(k) = sum (z - z')^2 / sum z^2
+
+    over all images and classes. It is the reciprocal of the signal to quantization noise ratio at the
+    logits, ``SQNR = -10 log10 Omega`` dB: noise powers of regions that do not depend on one another add up,
+    decibels do not. No label is needed.
+
+    Attributes:
+        ranges: Row of the registry's `ranges` that finds the ranges of weights.
+        activations: The grid of what the region's convolutions and matrix products read; none leaves it in
+            float.
+        activation_ranges: Row of `ranges` for them, from the images given.
+
+    Source: D. D. Lin et al., Fixed Point Quantization of Deep Convolutional Networks, 2016,
+        arXiv 1511.06393.
+    Differs: measured at the logits, in place of a model of each layer's noise; as a share, not in dB.
+
+    Example:
+        >>> round(float(-10 * np.log10(0.14 / 6)), 4)     # z = (2, 1, -1), z' = (1.8, 1.3, -1.1)
+        16.3202
+    """
+
+    def score(
+        self,
+        net: Net,
+        batches: Sequence[LabelledBatch],
+        regions: Sequence[Region],
+        widths: Sequence[QuantSpec],
+        seed: int = 0,
+        tell: Tell | None = None,
+    ) -> Sensitivities:
+        """Return the share of noise for each region at each width; see `Sensitivity.score`."""
+        question = ask("SQNR", net, batches, regions, widths)
+        walk = Walk(question, self)
+        signal, noise = (np.zeros((len(regions), len(widths))) for _ in range(2))
+        for logits in walk.run(tell):
+            signal[logits.place] += float(logits.exact.double().square().sum())
+            noise[logits.place] += noise_power(logits.exact, logits.found)
+        return question.answer("noise / signal", noise / np.maximum(signal, _LEAST_SIGNAL), walk.forwards)
+
+
+def noise_power(exact: Tensor, found: Tensor) -> float:
+    """Return ``sum (exact - found)^2``, in float64.
+
+    >>> round(noise_power(torch.tensor([2.0, 1.0, -1.0]), torch.tensor([1.8, 1.3, -1.1])), 6)
+    0.14
+    """
+    return float((exact.double() - found.double()).square().sum())
 
 
 class _Outputs(fx.Interpreter):
@@ -53,9 +112,8 @@ class _Sums:
 
     def add(self, exact: Tensor, rounded: Tensor) -> None:
         """Take in one batch; the first one fixes the histogram's ends."""
-        difference = (exact - rounded).double()
         self.signal += float(exact.double().square().sum())
-        self.noise += float(difference.square().sum())
+        self.noise += noise_power(exact, rounded)
         if self.low > self.high:
             low, high = torch.aminmax(exact)
             self.low, self.high = float(low), max(float(high), float(low) + 1e-9)
@@ -66,7 +124,7 @@ class _Sums:
         """Return 10 log10(signal / noise), at most 200 dB."""
         if self.noise == 0:
             return _BEST_DB
-        return min(_BEST_DB, 10 * math.log10(max(self.signal, 1e-30) / self.noise))
+        return min(_BEST_DB, 10 * math.log10(max(self.signal, _LEAST_SIGNAL) / self.noise))
 
 
 def layer_records(float_net: Net, net: Net, batches: Iterable[Tensor]) -> tuple[LayerRecord, ...]:

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from fewbit.load.capture import capture
 from fewbit.recipe import read_recipe, run_recipe
+from fewbit.sensitivity.one_region import Walk
 from fewbit.sensitivity.records import LayerRecord
-from fewbit.sensitivity.sqnr import histogram, layer_records, range_ratio
+from fewbit.sensitivity.score import ask
+from fewbit.sensitivity.sqnr import SQNR, histogram, layer_records, noise_power, range_ratio
 from networks import NETWORKS, make_context, make_images, make_net, quantize
+from scored import WIDTHS, folded, pictures, regions, tiny
 
 
 def records(name: str, recipe: str = "int8", engine: str = "onnxruntime") -> dict[str, LayerRecord]:
@@ -179,3 +182,31 @@ def test_range_ratio_leaves_dead_channels_out() -> None:
     weight = torch.tensor([[1.0, -4.0], [0.5, 0.25], [0.0, 0.0], [3e-6, -2e-6]])
     assert range_ratio(weight) == 8.0
     assert range_ratio(torch.zeros(3, 2)) == 1.0
+
+
+def test_the_worked_share_of_noise() -> None:
+    """z = (2, 1, -1), z' = (1.8, 1.3, -1.1): mean squared error 0.0466667, 16.3202 dB."""
+    exact, found = torch.tensor([[2.0, 1.0, -1.0]]), torch.tensor([[1.8, 1.3, -1.1]])
+    noise = noise_power(exact, found)
+    assert noise / 3 == pytest.approx(0.0466667, rel=1e-5)
+    assert -10 * math.log10(noise / 6) == pytest.approx(16.3202, rel=1e-5)
+
+
+def test_a_region_costs_the_noise_in_the_logits_as_a_share_of_their_power() -> None:
+    net, images = folded("residual"), make_images(6)
+    found = SQNR().score(net, [(part, None) for part in images.split(4)], regions(net), WIDTHS)
+    question = ask("SQNR", net, [(images, None)], regions(net), WIDTHS)
+    for one in Walk(question, SQNR()).run():
+        expected = float((one.exact - one.found).square().sum() / one.exact.square().sum())
+        row = found.losses[question.regions[one.place[0]].name]
+        assert row[one.place[1]] == pytest.approx(expected, rel=1e-4)
+    assert found.unit == "noise / signal"
+
+
+def test_logits_of_zero_have_a_share_all_the_same() -> None:
+    net = tiny(nn.Flatten(), nn.Linear(9, 3))
+    with torch.no_grad():
+        net.layer("1").module.weight.zero_()  # type: ignore[operator,union-attr]
+        net.layer("1").module.bias.zero_()  # type: ignore[operator,union-attr]
+    found = SQNR().score(net, [(pictures(net, 2), None)], regions(net), WIDTHS)
+    assert found.losses == {"1": (0.0, 0.0, 0.0)}
