@@ -30,7 +30,9 @@ class Hessian(Frozen):
     rounding errors have no preferred direction; so its unit is half a nat. H v is the gradient of
     ``(dL/dW) . v``; all layers are done at once with vectors of their own, for which the products between
     layers have the mean 0. Samples are drawn until one more moves the traces, taken together, by less than
-    `tolerance`, but at least 10.
+    `tolerance`, but at least 10. A single layer's trace is much less sure than all together: with 15 vectors
+    and 64 images, two seeds differ by a factor of 1.5 or more in 8 to 12 of ResNet-20's 20 layers; those of
+    `fisher` with one label an image, which takes 3 runs of the network in place of 135, in 1 to 3.
 
     Attributes:
         samples: At most so many vectors.

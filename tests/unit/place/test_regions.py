@@ -11,6 +11,7 @@ from fewbit.place.targets import TARGETS
 from fewbit.recipe import read_recipe, run_recipe
 from networks import NETWORKS, make_context, make_net
 from small_models import body, captured
+from zoo import zoo
 
 ENGINES = tuple(TARGETS)
 
@@ -75,6 +76,15 @@ def test_a_sum_goes_with_the_convolution_whose_kernel_adds() -> None:
     assert names["Add"] in openvino["main"] and names["Relu"] in openvino["main"]
     assert openvino["short"] == ("short",)
     assert names["Add"] in onnxruntime["short"] and onnxruntime["main"] == ("main",)
+
+
+def test_the_nine_gates_of_mobilenet_v3_are_no_regions() -> None:
+    net = capture(zoo("mobilenet_v3_small"), "net", (3, 224, 224))
+    matrices = [layer.name for layer in net.layers() if layer.kind in ("Conv", "Linear")]
+    found = cut(net, "openvino")
+    assert (len(matrices), len(found)) == (54, 36)
+    assert set(matrices) - set(found) == {name for name in matrices if name.endswith((".fc1", ".fc2"))}
+    assert "features.1.block.1.mul" in found["features.1.block.0.0"]
 
 
 def test_a_gate_without_a_pool_is_no_squeeze_and_excite() -> None:
