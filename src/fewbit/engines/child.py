@@ -1,4 +1,4 @@
-"""The engine process: opens files, runs batches, times blocks, until its standard input ends.
+"""The engine process: opens files, runs batches, times blocks, profiles, until its standard input ends.
 
 It imports neither torch nor anything above engines, so that it starts fast. Images come through memory shared
 with the parent, everything else through the standard streams.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import mmap
 import os
 import queue
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fewbit.engines.profile import Profiled
 from fewbit.engines.session import BlockTime, Engine, Images, Session, Setting
 from fewbit.engines.wire import SLOT_BYTES, SLOTS, receive, send
 from fewbit.errors import EngineError, FewbitError
@@ -89,6 +91,7 @@ class Child:
             "run": self._run,
             "placement": self._placement,
             "time": self._time,
+            "profile": self._profile,
             "close": self._close,
         }
         try:
@@ -141,16 +144,32 @@ class Child:
 
     def _time(self, request: dict[str, Any]) -> Reply:
         session = request["session"]
-        setting = self._settings[session]
+        block = time_calls(
+            self._sessions[session],
+            self._images_of(session),
+            self._settings[session].streams,
+            request["seconds"],
+        )
+        return {}, block.model_dump_json().encode()
+
+    def _profile(self, request: dict[str, Any]) -> Reply:
+        session = request["session"]
+        opened = self._sessions[session]
+        if not isinstance(opened, Profiled):
+            raise EngineError(
+                f"{self._files[session].name}: {self._name} has no profiler; use onnxruntime or openvino"
+            )
+        taken = opened.profile(self._images_of(session), request["calls"])
+        return {}, json.dumps([operator.model_dump() for operator in taken]).encode()
+
+    def _images_of(self, session: int) -> Images:
+        """Return one batch of random images that fits a file, the same each time."""
         if session not in self._images:
             from fewbit.engines.exported import image_size
 
-            size = (setting.batch, *image_size(self._files[session]))
+            size = (self._settings[session].batch, *image_size(self._files[session]))
             self._images[session] = random_images(size, self._sessions[session].takes)
-        block = time_calls(
-            self._sessions[session], self._images[session], setting.streams, request["seconds"]
-        )
-        return {}, block.model_dump_json().encode()
+        return self._images[session]
 
 
 def random_images(size: tuple[int, ...], takes: ImageInput) -> Images:

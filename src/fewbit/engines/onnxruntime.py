@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from fewbit.engines.calls import Calls
+from fewbit.engines.profile import WARM_CALLS, OperatorTime, Taken, join_times
 from fewbit.engines.session import CONVERTING, Images, PlacedOperator, Placement, Setting
 from fewbit.errors import EngineError
 from fewbit.spec import ImageInput
@@ -31,6 +34,7 @@ _MAKES_INT64 = frozenset({"Shape", "Size", "ArgMax", "ArgMin", "NonZero"})
 # ONNX element types by number.
 _TYPES = {1: "float32", 2: "int8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 16: "bf16"}
 _QGEMM_OUTPUT_SCALE = 7
+_TIME = "_kernel_time"
 
 
 class OnnxRuntime:
@@ -80,7 +84,7 @@ class OnnxRuntimeSession:
             self._call, slots, setting, classes if isinstance(classes, int) else 0, self.takes, path.name
         )
 
-    def _create(self, optimized: Path | None = None) -> Any:
+    def _create(self, optimized: Path | None = None, profile: Path | None = None) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = self.setting.threads_per_stream
@@ -92,6 +96,9 @@ class OnnxRuntimeSession:
             options.add_session_config_entry(
                 "session.optimized_model_external_initializers_file_name", f"{optimized.stem}.bin"
             )
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         try:
             return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors share no class but Exception
@@ -121,15 +128,18 @@ class OnnxRuntimeSession:
 
     def placement(self) -> Placement:
         """Read the optimized graph, in which every node is what runs."""
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            self._create(optimized)
+            return Placement(engine="onnxruntime", operators=self._placed(optimized))
+
+    def _placed(self, optimized: Path) -> tuple[PlacedOperator, ...]:
         import onnx
 
         from fewbit.engines.exported import ExportedGraph
 
         exported = ExportedGraph(self.path)
-        with tempfile.TemporaryDirectory() as folder:
-            optimized = Path(folder) / "optimized.onnx"
-            self._create(optimized)
-            graph = onnx.load(optimized, load_external_data=False).graph
+        graph = onnx.load(optimized, load_external_data=False).graph
         constants = {c.name for c in graph.initializer}
         # A dequantizer of weights is part of the operator that reads them.
         nodes = [n for n in graph.node if n.op_type != "DequantizeLinear" or n.input[0] not in constants]
@@ -148,7 +158,37 @@ class OnnxRuntimeSession:
                     why=next((reason for reason in reasons if reason), ""),
                 )
             )
-        return Placement(engine="onnxruntime", operators=tuple(operators))
+        return tuple(operators)
+
+    def profile(self, images: Images, calls: int) -> tuple[OperatorTime, ...]:
+        """Time each node of the optimized graph with ONNX Runtime's own profiler, one call after the other.
+
+        Raises:
+            EngineError: The images do not fit the network, or an operator failed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            session = self._create(optimized, Path(folder) / "profile")
+            for _ in range(WARM_CALLS + calls):
+                self._call(session, images)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+            placed = self._placed(optimized)
+        return join_times(placed, _taken(events, {o.name for o in placed if o.name}, calls))
+
+
+def _taken(events: Sequence[Any], names: set[str], calls: int) -> Iterator[Taken]:
+    """Yield the mean of each node over the last calls; a node without a name is called kind_index there."""
+    spans: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(_TIME):
+            name = event["name"].removesuffix(_TIME)
+            spans[name, event["args"]["op_name"]].append(event["dur"] / 1e3)
+    for (name, kind), taken in spans.items():
+        generated = name not in names and name.rpartition("_")[0] == kind
+        # The placement leaves out only dequantizers of weights.
+        yield Taken(
+            name="" if generated else name, kind=kind, ms=sum(taken[-calls:]) / calls, precision="int8"
+        )
 
 
 def _precisions(nodes: Sequence[Any], graph: Any) -> Iterator[str]:

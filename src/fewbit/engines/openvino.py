@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewbit.engines.calls import Calls
+from fewbit.engines.profile import WARM_CALLS, OperatorTime, Taken, join_times
 from fewbit.engines.session import Images, PlacedOperator, Placement, Setting
 from fewbit.errors import EngineError
 from fewbit.spec import ImageInput
@@ -66,25 +68,28 @@ class OpenVinoSession:
 
     def __init__(self, path: Path, setting: Setting) -> None:
         self.path, self.setting = path, setting
-        core = _core()
-        if setting.float_precision == "bf16" and "BF16" not in core.get_property(
+        if setting.float_precision == "bf16" and "BF16" not in _core().get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
             raise EngineError(f"{path.name}: this processor has no native bf16; use float32")
-        try:
-            model = core.read_model(str(path))
-            shape = model.inputs[0].get_partial_shape()
-            shape[0] = setting.batch
-            model.reshape({model.inputs[0]: shape})
-            self._compiled = core.compile_model(model, "CPU", self._options())
-        except Exception as error:  # OpenVINO raises RuntimeError and others
-            raise EngineError(f"{path.name}: openvino refuses it ({_one_line(error)})") from error
+        self._compiled = self._compile(self._options())
         requests = [self._compiled.create_infer_request() for _ in range(setting.streams)]
         self._shape = tuple(self._compiled.inputs[0].get_shape())
         pixels = self._compiled.inputs[0].get_element_type() == _openvino().Type.u8
         self.takes: ImageInput = "uint8" if pixels else "float32"
         classes = self._compiled.outputs[0].get_shape()[-1]
         self._calls = Calls(self._call, requests, setting, classes, self.takes, path.name)
+
+    def _compile(self, options: dict[str, object]) -> Any:
+        core = _core()
+        try:
+            model = core.read_model(str(self.path))
+            shape = model.inputs[0].get_partial_shape()
+            shape[0] = self.setting.batch
+            model.reshape({model.inputs[0]: shape})
+            return core.compile_model(model, "CPU", options)
+        except Exception as error:  # OpenVINO raises RuntimeError and others
+            raise EngineError(f"{self.path.name}: openvino refuses it ({_one_line(error)})") from error
 
     def _options(self) -> dict[str, object]:
         return {
@@ -124,11 +129,14 @@ class OpenVinoSession:
 
     def placement(self) -> Placement:
         """Read the graph that runs: kernels and precisions as OpenVINO reports them."""
+        return Placement(engine="openvino", operators=self._placed(self._compiled))
+
+    def _placed(self, compiled: Any) -> tuple[PlacedOperator, ...]:
         from fewbit.engines.exported import ExportedGraph
 
         exported = ExportedGraph(self.path)
         nodes, facts, constant = [], [], set[str]()
-        for node in self._compiled.get_runtime_model().get_ordered_ops():
+        for node in compiled.get_runtime_model().get_ordered_ops():
             told = {key: value.value for key, value in node.rt_info.items()}
             makers = [value.get_node().get_friendly_name() for value in node.input_values()]
             # What depends on constants alone runs once, when the file is opened.
@@ -139,13 +147,35 @@ class OpenVinoSession:
                 facts.append(told)
         names = [[n for n in told["originalLayersNames"].split(",") if n] for told in facts]
         owned = exported.owners([told["layerType"] for told in facts], names)
-        return Placement(
-            engine="openvino",
-            operators=tuple(
-                _operator(name, told, layers, exported, tokens)
-                for name, told, layers, tokens in zip(nodes, facts, owned, names, strict=True)
-            ),
+        return tuple(
+            _operator(name, told, layers, exported, tokens)
+            for name, told, layers, tokens in zip(nodes, facts, owned, names, strict=True)
         )
+
+    def profile(self, images: Images, calls: int) -> tuple[OperatorTime, ...]:
+        """Time each operator with OpenVINO's own performance counters, one call after the other.
+
+        Raises:
+            EngineError: The images do not fit the network, or an operator failed.
+        """
+        alone = {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": self.setting.threads_per_stream}
+        compiled = self._compile(self._options() | alone | {"PERF_COUNT": True})
+        request = compiled.create_infer_request()
+        told = []
+        for count in (WARM_CALLS, calls):
+            for _ in range(count):
+                self._call(request, images)
+            told.append(request.profiling_info)
+        return join_times(self._placed(compiled), _taken(told[0], told[1], calls))
+
+
+def _taken(warm: Sequence[Any], whole: Sequence[Any], calls: int) -> Iterator[Taken]:
+    """Yield the mean of the later calls: the counters are means since the file was opened, in whole us."""
+    before = {counter.node_name: counter.real_time.total_seconds() for counter in warm}
+    for counter in whole:
+        total_s = (WARM_CALLS + calls) * counter.real_time.total_seconds()
+        later_s = (total_s - WARM_CALLS * before[counter.node_name]) / calls
+        yield Taken(name=counter.node_name, kind=counter.node_type, ms=max(0.0, 1e3 * later_s))
 
 
 def _operator(

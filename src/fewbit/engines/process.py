@@ -20,9 +20,11 @@ from typing import IO, Any, BinaryIO, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from fewbit import errors
 from fewbit.engines.calls import checked
+from fewbit.engines.profile import OperatorTime
 from fewbit.engines.session import BlockTime, Images, Placement, Setting
 from fewbit.engines.wire import SLOT_BYTES, SLOTS, receive, send
 from fewbit.errors import EngineCrashed, EngineError, EngineHung
@@ -35,6 +37,9 @@ _START = (
 _END_S = 5.0
 # Images of one request, where they fit: enough to keep streams busy, few enough to be answered soon.
 _IMAGES = 64
+# So many calls of a profile are given as long as any other request.
+_PROFILED_CALLS = 20
+_TIMES = TypeAdapter(tuple[OperatorTime, ...])
 
 
 class EngineProcess:
@@ -166,6 +171,23 @@ class RemoteSession:
         """Run calls on random images for about `seconds` in the process, at least one a stream."""
         asked = {"do": "time", "session": self._session, "seconds": seconds}
         return BlockTime.model_validate_json(self._child.ask(asked, self.path, "timing it", seconds)[1])
+
+    def profile(self, calls: int = 20) -> tuple[OperatorTime, ...]:
+        """Time each operator on random images, in the file opened once more with the engine's profiler on.
+
+        Args:
+            calls: Calls to take the mean over.
+
+        Returns:
+            Every operator that runs, see `fewbit.engines.profile`.
+
+        Raises:
+            EngineError: The engine has no profiler, or the file failed in it.
+        """
+        asked = {"do": "profile", "session": self._session, "calls": calls}
+        more_s = self._child.timeout_s * calls / _PROFILED_CALLS
+        reply = self._child.ask(asked, self.path, "profiling it", more_s)[1]
+        return _TIMES.validate_json(reply)
 
     def close(self) -> None:
         """Free the file; a process that is gone has freed it."""
