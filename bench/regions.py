@@ -1,0 +1,93 @@
+"""How well the time of a network is predicted from the precision of its regions.
+
+    python bench/regions.py ../shared/networks/resnet20.toml --engine openvino --float-precision bf16
+
+The prediction is guessed with the engine's profiler and fitted to `--fit` random assignments of precisions
+(region by region, integers or float), each timed in turns with the network all in integers. Then `--test`
+other random assignments are timed and predicted. Shown: the median of |predicted / measured - 1| of guess and
+fit and the rank correlation of fit and measurement; and the same of a second measurement of the same files,
+which no prediction can be better than.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+import fewbit
+from fewbit.engines.session import EngineName, FloatPrecision
+from fewbit.load.capture import load
+from fewbit.measure.region_latency import fit_region_latency
+from fewbit.search.region_probe import RegionProbe
+
+
+def measure(net: fewbit.Net, setting: fewbit.Setting, fit: int, test: int, seed: int) -> dict[str, Any]:
+    """Fit and test one network."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        probe = RegionProbe(net, setting, Path(folder), seed=seed)
+        guess, seen, new = probe.guess(), probe.draw(fit, seed), probe.draw(test, seed + 1)
+        fitted = fit_region_latency(guess, seen, probe.time(seen, guess.base_ms))
+        seconds = time.perf_counter() - begin
+        times, again = (probe.time(new, guess.base_ms) for _ in range(2))
+    off = {name: model.predict(new) / times - 1 for name, model in (("guess", guess), ("fit", fitted))}
+    rank = spearmanr(fitted.predict(new), times)
+    return {
+        "network": net.name,
+        "setting": setting.model_dump(mode="json"),
+        "regions": len(probe.regions),
+        "fitted_to": fit,
+        "tested_on": test,
+        "guess_error": float(np.median(np.abs(off["guess"]))),
+        "error": float(np.median(np.abs(off["fit"]))),
+        "rank_correlation": float(rank.statistic),
+        "repeat_error": float(np.median(np.abs(again / times - 1))),
+        "repeat_rank_correlation": float(spearmanr(again, times).statistic),
+        "ms": [float(times.min()), float(times.max())],
+        "seconds": seconds,
+    }
+
+
+@click.command(help=__doc__)
+@click.argument("cards", nargs=-1, required=True)
+@click.option("--engine", default="openvino", show_default=True)
+@click.option("--float-precision", default="float32", show_default=True)
+@click.option("--batch", default=8, show_default=True)
+@click.option("--threads", default=1, show_default=True)
+@click.option("--fit", default=30, show_default=True)
+@click.option("--test", default=30, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def main(cards: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    setting = fewbit.Setting(
+        engine=cast(EngineName, options["engine"]),
+        float_precision=cast(FloatPrecision, options["float_precision"]),
+        batch=options["batch"],
+        threads=options["threads"],
+    )
+    found = [
+        measure(load(fewbit.read_card(card)), setting, options["fit"], options["test"], options["seed"])
+        for card in cards
+    ]
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    table = Table("network", "regions", "error of guess", "of fit", "of a repeat", "rank", "of a repeat", "s")
+    for row in found:
+        errors = [f"{row[key]:.1%}" for key in ("guess_error", "error", "repeat_error")]
+        ranks = [f"{row[key]:.2f}" for key in ("rank_correlation", "repeat_rank_correlation")]
+        table.add_row(row["network"], str(row["regions"]), *errors, *ranks, f"{row['seconds']:.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

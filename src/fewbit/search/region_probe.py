@@ -1,0 +1,197 @@
+"""Measuring how the time of a network depends on the precision of its regions, on one engine and setting."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fewbit.engines.process import EngineProcess
+from fewbit.engines.profile import OperatorTime
+from fewbit.engines.session import Setting
+from fewbit.export.onnx_out import export_onnx
+from fewbit.export.sizes import Sizes
+from fewbit.measure.host import describe_host
+from fewbit.measure.region_latency import RegionLatency, fit_region_latency
+from fewbit.measure.speed import measure_interleaved
+from fewbit.net import Net
+from fewbit.place.regions import regions_of
+from fewbit.place.targets import target
+from fewbit.recipe import Recipe, read_recipe, run_recipe
+from fewbit.spec import Scheme
+from fewbit.step import Context
+
+Assignments = NDArray[np.bool_]
+Tell = Callable[[float], None]
+
+_AT_ONCE = 6
+_ROUNDS = 8
+_BLOCK_S = 0.1
+_NS_PER_VALUE = 0.5  # one value read as float32 and written as a code, at 10 GB/s
+
+
+class RegionProbe:
+    """Makes a network with any of its regions in float, and times it.
+
+    What is calibrated with has no influence on the time, so one image of noise is enough.
+
+    Args:
+        net: As loaded.
+        setting: The engine and how it runs; its float precision is that of regions in float.
+        folder: Where the files go.
+        recipe: Of the regions in integers.
+        seed: Of the image and of the order in which files take turns.
+        exact_sums: See `fewbit.place.targets.Target`.
+
+    Attributes:
+        regions: See `fewbit.place.regions.regions_of`.
+        boundaries: Places of neighbours: the first makes a tensor that the second reads.
+    """
+
+    def __init__(
+        self,
+        net: Net,
+        setting: Setting,
+        folder: Path,
+        recipe: str = "int8",
+        seed: int = 0,
+        exact_sums: bool = True,
+    ) -> None:
+        self.net, self.setting, self.folder, self.seed = net, setting, folder, seed
+        self.target, self.recipe = target(setting.engine, exact_sums), read_recipe(recipe)
+        folded = self.recipe.model_copy(
+            update={"steps": tuple(s for s in self.recipe.steps if s["use"] in ("canonical", "fold_bn"))}
+        )
+        self.folded = run_recipe(folded, net, self._context())[0]
+        self.regions = regions_of(self.folded, self.target)
+        self.boundaries = tuple(self._boundaries())
+
+    def fit(self, assignments: int = 30, tell: Tell | None = None) -> RegionLatency:
+        """Guess with the profiler, measure random assignments, and fit.
+
+        Args:
+            assignments: How many to measure; each takes about two seconds.
+            tell: Told the fraction done.
+
+        Raises:
+            EngineError: The engine does not run one of the files.
+        """
+        chosen = self.draw(assignments, self.seed)
+        guess = self.guess()
+        return fit_region_latency(guess, chosen, self.time(chosen, guess.base_ms, tell))
+
+    def draw(self, assignments: int, seed: int) -> Assignments:
+        """Return random assignments, from nearly none in float to nearly all: bool (n, regions)."""
+        rng = np.random.default_rng(seed)
+        drawn: Assignments = rng.random((assignments, len(self.regions))) < rng.uniform(
+            0.05, 0.95, (assignments, 1)
+        )
+        return drawn
+
+    def guess(self) -> RegionLatency:
+        """Return the times that the engine's profiler gives the regions, in all integers and in all float.
+
+        A boundary is guessed from the size of the tensor that is rounded or taken back there.
+        """
+        whole = np.zeros(len(self.regions), bool)
+        with EngineProcess(self.setting.engine) as process:
+            sessions = [process.open(self.file(row), self.setting) for row in (whole, ~whole)]
+            integers, floats = (self._by_region(session.profile()) for session in sessions)
+            (timing,) = measure_interleaved(sessions[:1], _ROUNDS, _BLOCK_S, self.seed)
+        sizes = Sizes(self.folded)
+        values = [self._values(sizes, first) for first, _ in self.boundaries]
+        return RegionLatency(
+            host=describe_host().cpu,
+            engine_version=importlib.metadata.version(self.setting.engine),
+            setting=self.setting,
+            regions=tuple(region.name for region in self.regions),
+            base_ms=1000 * self.setting.batch / timing.images_per_s,
+            float_ms=tuple((floats - integers).tolist()),
+            boundaries=self.boundaries,
+            boundary_ms=tuple(1e-6 * _NS_PER_VALUE * self.setting.batch * count for count in values),
+        )
+
+    def time(self, assignments: Assignments, base_ms: float, tell: Tell | None = None) -> NDArray[np.float64]:
+        """Return the milliseconds that a batch takes off the engine with each assignment.
+
+        A few at a time take turns with the network all in integers; what counts is the ratio to it, so that a
+        busy moment of the machine does not.
+
+        Args:
+            assignments: Bool (n, regions).
+            base_ms: Of the network all in integers.
+            tell: Told the fraction done.
+        """
+        base, found = self.file(np.zeros(len(self.regions), bool)), list[float]()
+        for start in range(0, len(assignments), _AT_ONCE):
+            with EngineProcess(self.setting.engine) as process:
+                paths = [base, *(self.file(row) for row in assignments[start : start + _AT_ONCE])]
+                sessions = [process.open(path, self.setting) for path in paths]
+                timings = measure_interleaved(sessions, _ROUNDS, _BLOCK_S, self.seed + start)
+            for path in paths[1:]:
+                path.unlink(missing_ok=True)
+            found += [base_ms / timing.ratio for timing in timings[1:] if timing.ratio]
+            if tell is not None:
+                tell(len(found) / len(assignments))
+        return np.array(found)
+
+    def file(self, in_float: NDArray[np.bool_] | Sequence[bool]) -> Path:
+        """Return the network with some regions in float."""
+        bits = "".join("1" if left else "0" for left in in_float)
+        path = self.folder / f"{self.net.name}-{int(bits, 2):x}.onnx"
+        if not path.exists():
+            net, _ = run_recipe(self.recipe_of(in_float), self.net, self._context())
+            export_onnx(net, path, self.target)
+        return path
+
+    def recipe_of(self, in_float: NDArray[np.bool_] | Sequence[bool]) -> Recipe:
+        """Return the recipe that leaves some regions in float."""
+        # An activation follows the layer that it is fused into; one that placing rewrites has no name there.
+        fused = {kind for kinds in self.target.fuses.values() for kind in kinds}
+        fused |= {"Silu"} if self.target.splits_silu else set()
+        kinds = {layer.name: layer.kind for layer in self.folded.layers()}
+        kept = [
+            name
+            for region, left in zip(self.regions, in_float, strict=True)
+            for name in region.layers
+            if left and kinds[name] not in fused
+        ]
+        return self.recipe.with_float(kept)
+
+    def _context(self) -> Context:
+        image = torch.rand((1, *self.net.input_size), generator=torch.Generator().manual_seed(self.seed))
+
+        def batches() -> Iterator[Tensor]:
+            yield 4 * image - 2
+
+        return Context(Scheme(), self.target, batches, self.seed)
+
+    def _boundaries(self) -> Iterator[tuple[int, int]]:
+        place = {name: index for index, region in enumerate(self.regions) for name in region.layers}
+        found = {
+            (place[source], place[layer.name])
+            for layer in self.folded.layers()
+            for source in layer.inputs
+            if source in place and place[source] != place[layer.name]
+        }
+        yield from sorted(found)
+
+    def _by_region(self, operators: Sequence[OperatorTime]) -> NDArray[np.float64]:
+        place = {name: index for index, region in enumerate(self.regions) for name in region.layers}
+        found = np.zeros(len(self.regions))
+        for operator in operators:
+            owners = [place[layer] for layer in operator.layers if layer in place]
+            if owners:
+                found[owners[-1]] += operator.ms
+        return found
+
+    def _values(self, sizes: Sizes, place: int) -> int:
+        """Return how many values the last tensor of a region has, for one image."""
+        last = self.folded.layer(self.regions[place].layers[-1])
+        return math.prod(sizes.of(last.node)[1:])

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fewbit.engines.process import EngineProcess
+from fewbit.engines.session import EngineName, Setting
+from fewbit.search.region_probe import RegionProbe
+from networks import make_net
+
+ENGINES: tuple[EngineName, ...] = ("onnxruntime", "openvino")
+
+
+def probe(name: str, engine: EngineName, folder: Path) -> RegionProbe:
+    return RegionProbe(make_net(name), Setting(engine=engine, batch=2), folder)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["residual", "depthwise", "branches", "gated"])
+def test_what_is_asked_to_be_in_float_is(name: str, engine: EngineName, tmp_path: Path) -> None:
+    made = probe(name, engine, tmp_path)
+    matrices = {layer.name for layer in made.folded.layers() if layer.kind in ("Conv", "Linear")}
+    rng = np.random.default_rng(0)
+    chosen = [np.zeros(len(made.regions), bool), np.ones(len(made.regions), bool)]
+    chosen += [rng.random(len(made.regions)) < 0.5 for _ in range(3)]
+    with EngineProcess(engine) as process:
+        for in_float in chosen:
+            placement = process.open(made.file(in_float), made.setting).placement()
+            ran = {name: o.precision == "int8" for o in placement.operators if o.matrix for name in o.layers}
+            for region, left in zip(made.regions, in_float, strict=True):
+                found = {ran[layer] for layer in region.layers if layer in matrices}
+                assert found == {not left}, region.name
+
+
+def test_every_edge_between_regions_is_a_boundary(tmp_path: Path) -> None:
+    made = probe("residual", "openvino", tmp_path)
+    names = [region.name for region in made.regions]
+    assert names == ["stem", "conv1", "conv2", "fc"]
+    assert made.boundaries == ((0, 1), (0, 2), (1, 2), (2, 3))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_guess_and_fit(engine: EngineName, tmp_path: Path) -> None:
+    made = probe("residual", engine, tmp_path)
+    guess = made.guess()
+    assert guess.regions == tuple(region.name for region in made.regions)
+    assert guess.base_ms > 0 and all(ms > 0 for ms in guess.boundary_ms)
+    assert guess.setting == made.setting and guess.engine_version
+    told: list[float] = []
+    fitted = made.fit(3, told.append)
+    assert fitted.measured == 3 and told[-1] == 1.0
+    assert (fitted.predict(made.draw(5, 1)) > 0).all()
+
+
+def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
+    made = probe("residual", "openvino", tmp_path)
+    assert np.array_equal(made.draw(20, 3), made.draw(20, 3))
+    assert not np.array_equal(made.draw(20, 3), made.draw(20, 4))
+    shares = made.draw(400, 0).mean(1)
+    assert shares.min() < 0.1 and shares.max() > 0.9
