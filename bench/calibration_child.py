@@ -52,8 +52,14 @@ def onnxruntime(job: dict[str, Any], method: str) -> Quantize:
             return None if batch is None else {"input": batch}
 
     def quantize() -> None:
+        float_file = job["float_file"]
+        if job.get("pre_process"):  # what its documentation asks for first
+            from onnxruntime.quantization.shape_inference import quant_pre_process
+
+            float_file = str(Path(job["out"]).with_suffix(".float.onnx"))
+            quant_pre_process(job["float_file"], float_file)
         ort.quantize_static(
-            job["float_file"],
+            float_file,
             job["out"],
             Reader(),
             quant_format=ort.QuantFormat.QDQ,

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -31,6 +31,14 @@ from fewbit.spec import ImageInput
 
 _PR_SET_PDEATHSIG = 1
 Reply = tuple[dict[str, Any], bytes]
+
+
+class Runs(Protocol):
+    """What can be timed: a `Session`, or a peer of one."""
+
+    def run(self, batch: Images) -> Images:
+        """Return the logits of a batch."""
+        ...
 
 
 def serve(engine: str, shared: int | str, parent: int | None) -> None:
@@ -180,7 +188,7 @@ def random_images(size: tuple[int, ...], takes: ImageInput) -> Images:
     return rng.standard_normal(size, np.float32)
 
 
-def time_calls(session: Session, images: Images, streams: int, seconds: float) -> BlockTime:
+def time_calls(session: Runs, images: Images, streams: int, seconds: float) -> BlockTime:
     """Call a session for about `seconds` from `streams` threads, at least once each."""
     latencies: list[list[float]] = [[] for _ in range(streams)]
     failures: list[BaseException] = []

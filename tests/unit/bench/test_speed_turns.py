@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from fewbit.engines.session import BlockTime, Setting
+from fewbit.errors import EngineCrashed, EngineError
+from speed_turns import Entrant, Pace, Standing, measure_case
+
+PACE = Pace(rounds=6, first_rounds=3, block_s=0.0, survey_s=0.1)
+
+
+@dataclass
+class Made:
+    """Runs at a set speed without running anything; fails after some blocks."""
+
+    images_per_s: float
+    fails_after: int | None = None
+    setting: Setting = field(default_factory=lambda: Setting(batch=4))
+    blocks: int = 0
+    closed: int = 0
+
+    def time_block(self, seconds: float) -> BlockTime:
+        assert not self.closed, "it is timed after it was closed"
+        self.blocks += 1
+        if self.fails_after is not None and self.blocks > self.fails_after:
+            raise EngineCrashed("made: crashed while timing it (SIGSEGV)")
+        taken = 4 / self.images_per_s
+        return BlockTime(images=4, seconds=taken, latencies_ms=(1e3 * taken,))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@dataclass
+class Field:
+    """Entrants by name."""
+
+    made: dict[str, Made] = field(default_factory=dict)
+    entrants: list[Entrant] = field(default_factory=list)
+
+    def add(self, name: str, made: Made) -> None:
+        self.made[name] = made
+        self.entrants.append(Entrant(name, "1 stream", "int8", name.startswith("fewbit"), lambda: made))
+
+    def refuse(self, name: str, reason: str) -> None:
+        def start() -> Made:
+            raise EngineError(reason)
+
+        self.entrants.append(Entrant(name, "1 stream", "int8", name.startswith("fewbit"), start))
+
+    def measure(self, tell: Callable[[str], None] = lambda _: None) -> dict[str, Standing]:
+        return {s.entrant.name: s for s in measure_case(self.entrants, PACE, tell)}
+
+
+@pytest.fixture
+def entered() -> Field:
+    return Field()
+
+
+def test_the_answer_stands_against_the_finalists(entered: Field) -> None:
+    speeds = {"near": 100, "fewbit slow": 80, "fast": 110, "fewbit fast": 120, "far": 50}
+    for name, images_per_s in speeds.items():
+        entered.add(name, Made(images_per_s))
+    told: list[str] = []
+    found = entered.measure(told.append)
+    assert list(found) == ["fewbit fast", "fast", "near", "fewbit slow", "far"]
+    assert [s.answer for s in found.values()] == [True, False, False, False, False]
+    assert found["fast"].ratio == pytest.approx(120 / 110) and found["near"].ratio == pytest.approx(1.2)
+    assert found["near"].interval is not None and found["near"].interval.low == pytest.approx(1.2)
+    assert found["far"].ratio is None and found["fewbit slow"].ratio is None
+    rounds = {name: s.timing.rounds for name, s in found.items() if s.timing is not None}
+    assert rounds == {"fewbit fast": 6, "fast": 6, "near": 6, "fewbit slow": 3, "far": 3}
+    assert all(made.closed for made in entered.made.values())
+    assert told == [*(f"opening {name}, 1 stream" for name in speeds), "rounds"]
+
+
+def test_one_that_cannot_be_opened_says_why_and_the_others_go_on(entered: Field) -> None:
+    entered.refuse("nncf", "python has no nncf")
+    entered.add("fewbit", Made(10))
+    entered.add("peer", Made(20))
+    found = entered.measure()
+    assert found["nncf"].failed == "python has no nncf" and found["nncf"].timing is None
+    assert found["fewbit"].answer and found["peer"].ratio == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 9])
+def test_a_peer_that_crashes_has_its_row_and_the_others_start_anew(entered: Field, after: int) -> None:
+    entered.add("crashing", Made(1000, fails_after=after))
+    entered.add("peer", Made(100))
+    entered.add("fewbit", Made(110))
+    found = entered.measure()
+    assert found["crashing"].failed == "made: crashed while timing it (SIGSEGV)"
+    assert found["crashing"].timing is None and found["crashing"].ratio is None
+    assert found["fewbit"].answer
+    if after < 5:  # it crashed in the first rounds: the peer became a finalist
+        assert found["peer"].ratio == pytest.approx(1.1)
+
+
+def test_of_many_candidates_the_fastest_are_kept_and_the_others_closed_at_once(entered: Field) -> None:
+    for speed in (10, 40, 20, 30, 60, 50):
+        entered.add(f"fewbit {speed}", Made(speed))
+    entered.add("fewbit broken", Made(99, fails_after=1))
+    entered.add("peer", Made(30))
+    found = entered.measure()
+    assert next(iter(found)) == "fewbit 60" and found["fewbit 60"].answer
+    assert {name for name, s in found.items() if s.dropped} == {"fewbit 10", "fewbit 20", "fewbit 30"}
+    assert found["fewbit broken"].failed.startswith("made: crashed") and not found["fewbit broken"].dropped
+    assert found["fewbit 40"].timing is not None and found["fewbit 10"].timing is None
+    assert found["peer"].ratio == pytest.approx(2.0)
+
+
+def test_without_an_own_one_that_runs_there_is_no_answer(entered: Field) -> None:
+    entered.refuse("fewbit", "refused")
+    entered.add("peer", Made(10))
+    found = entered.measure()
+    assert not any(s.answer for s in found.values()) and found["peer"].ratio is None
+    assert found["peer"].timing is not None
+
+
+def test_without_a_peer_the_answer_has_its_speed(entered: Field) -> None:
+    entered.add("fewbit", Made(10))
+    found = entered.measure()
+    assert found["fewbit"].answer and found["fewbit"].timing is not None
+    assert found["fewbit"].timing.images_per_s == pytest.approx(10)
+
+
+def test_an_answer_that_crashes_in_the_final_is_none(entered: Field) -> None:
+    entered.add("fewbit", Made(100, fails_after=7))
+    entered.add("peer", Made(10))
+    found = entered.measure()
+    assert found["fewbit"].failed and not found["fewbit"].answer and found["peer"].ratio is None
