@@ -167,7 +167,8 @@ def machine_row(rows: Sequence[Row], path: Path | None) -> Row:
 @click.argument("networks", nargs=-1, metavar="[NETWORK|CARD]...")
 @click.option("--batches", type=Numbers(int, 1), default="1,8,32", show_default=True)
 @click.option("--threads", "threads", type=Numbers(int, 1), default="1,2", show_default=True)
-@click.option("--rounds", type=COUNT, default=20, show_default=True, help="Of the answer and the finalists.")
+@click.option("--sittings", type=COUNT, default=6, show_default=True, help="Of the answer and the finalists.")
+@click.option("--rounds", type=COUNT, default=4, show_default=True, help="Of each sitting, at least 3.")
 @click.option("--first-rounds", type=COUNT, default=5, show_default=True, help="Of every contender.")
 @click.option("--block", type=float, default=0.2, show_default=True, help="Seconds of one block.")
 @click.option("--images", type=COUNT, default=32, show_default=True, help="That calibrate, for every tool.")
@@ -185,6 +186,7 @@ def main(
     if set(sources) & set(ZOO):
         import_torchvision()
     pace = Pace(
+        sittings=options["sittings"],
         rounds=options["rounds"],
         first_rounds=options["first_rounds"],
         block_s=options["block"],

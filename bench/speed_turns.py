@@ -3,26 +3,32 @@
 1. Fewbit's candidates alone: successive halving leaves the fastest few.
 2. Those and every peer, a few rounds: the fastest candidate is the answer, and the peers near the fastest one
    are finalists.
-3. The answer and the finalists, many rounds. Ratios are taken within these rounds, in which the answer was
-   not chosen; the best peer is the one that is fastest in them, which can only lower the answer's ratio.
+3. The answer and the finalists in several sittings, for each of which they are opened anew. Within a sitting
+   the ratio is the median over its rounds; the figure is the median over sittings, and so is its interval.
+   Where in memory a process happens to lie makes it a few percent faster or slower for as long as it lives
+   (six copies of one ResNet-18 file spread over 9 %), which rounds alone would take for a difference.
+
+The answer was chosen before the sittings. The best peer is the one that is fastest in them, which can only
+lower the answer's ratio.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from statistics import median
 from typing import Literal, Protocol
 
 from fewbit.engines.session import BlockTime, Setting
 from fewbit.errors import EngineError
-from fewbit.measure.intervals import Interval
+from fewbit.measure.intervals import Interval, median_interval
 from fewbit.measure.speed import Timed, Timing, measure_interleaved, survey
 from fewbit.spec import Frozen
 
 Form = Literal["float32", "bf16", "int8"]
 _NEAR = 1.15
-_FINALISTS = 5
+_FINALISTS = 3
 _CANDIDATES = 3
 _SURVEY_CALLS = 6
 
@@ -58,14 +64,16 @@ class Pace(Frozen):
     """How long to measure.
 
     Attributes:
-        rounds: Of the answer and the finalists.
+        sittings: Of the answer and the finalists.
+        rounds: Of each sitting, at least 3.
         first_rounds: Of everyone.
         block_s: Seconds of one block, or one call where that is longer.
         survey_s: Seconds for choosing among fewbit's candidates, or a few calls of each where that is longer.
         seed: Of the order in each round.
     """
 
-    rounds: int = 20
+    sittings: int = 6
+    rounds: int = 4
     first_rounds: int = 5
     block_s: float = 0.2
     survey_s: float = 3.0
@@ -81,8 +89,8 @@ class Standing:
         timing: Its speed; none where it failed, or was dropped from the candidates before the rounds.
         failed: Why it failed.
         dropped: It was slower than fewbit's other candidates.
-        ratio: How many times as fast the answer is, for a finalist.
-        interval: 95 % interval of the ratio.
+        ratio: How many times as fast the answer is, for a finalist: median over sittings.
+        interval: 95 % interval of the ratio, over sittings.
         answer: It is the answer.
     """
 
@@ -132,43 +140,82 @@ def measure_case(
     """
     found: dict[int, Standing] = {}
     with ExitStack() as stack:
-        runners = []
-        for place, entrant in enumerate(entrants):
-            tell(f"opening {entrant.name}, {entrant.how}")
-            try:
-                runner = _Runner(place, entrant, entrant.open())
-            except EngineError as error:
-                found[place] = Standing(entrant, failed=str(error))
-                continue
-            stack.callback(runner.opened.close)
-            runners.append(runner)
-        tell("rounds")
-        found |= _Turns(runners, pace).run()
+        runners = _open_all(dict(enumerate(entrants)), stack, found, tell)
+        tell("first rounds")
+        answer, near = _Stages(runners, pace, found).run()
+    if answer is not None:
+        chosen = {place: entrants[place] for place in (answer, *near)}
+        _Sittings(chosen, answer, pace, found).run(tell)
     return sorted(found.values(), key=lambda s: (not s.answer, -_speed(s)))
+
+
+def _open_all(
+    entrants: Mapping[int, Entrant],
+    stack: ExitStack,
+    found: dict[int, Standing],
+    tell: Callable[[str], None],
+) -> list[_Runner]:
+    """Open entrants by place until the stack closes; those that fail are found to have."""
+    runners = []
+    for place, entrant in entrants.items():
+        tell(f"opening {entrant.name}, {entrant.how}")
+        try:
+            runner = _Runner(place, entrant, entrant.open())
+        except EngineError as error:
+            found[place] = Standing(entrant, failed=str(error))
+            continue
+        stack.callback(runner.opened.close)
+        runners.append(runner)
+    return runners
+
+
+def _time(
+    runners: list[_Runner],
+    rounds: int,
+    pace: Pace,
+    seed: int,
+    baseline: int | None,
+    found: dict[int, Standing],
+) -> dict[int, Timing]:
+    """Time runners side by side; those that fail are found to have, and the others start anew."""
+    while left := [runner for runner in runners if not runner.failed]:
+        places = [runner.place for runner in left]
+        place = places.index(baseline) if baseline in places else None
+        try:
+            timings = measure_interleaved(left, rounds, pace.block_s, seed, baseline=place, min_calls=1)
+        except EngineError:
+            gone = [runner for runner in left if runner.failed]
+            found |= {r.place: Standing(r.entrant, failed=r.failed) for r in gone}
+            continue
+        return dict(zip(places, timings, strict=True))
+    return {}
 
 
 def _speed(standing: Standing) -> float:
     return standing.timing.images_per_s if standing.timing is not None else 0.0
 
 
-class _Turns:
-    """The stages of one case."""
+class _Stages:
+    """The first two stages of a case."""
 
-    def __init__(self, runners: list[_Runner], pace: Pace) -> None:
-        self.pace = pace
+    def __init__(self, runners: list[_Runner], pace: Pace, found: dict[int, Standing]) -> None:
+        self.pace, self.found = pace, found
         self.own = [runner for runner in runners if runner.entrant.own]
         self.peers = [runner for runner in runners if not runner.entrant.own]
-        self.found: dict[int, Standing] = {}
 
-    def run(self) -> dict[int, Standing]:
-        """Return how each did, by its place."""
+    def run(self) -> tuple[int | None, list[int]]:
+        """Return the places of the answer and of the finalists."""
         self._choose()
-        first = self._stage([*self.own, *self.peers], self.pace.first_rounds, None)
-        own = [runner for runner in self.own if runner.place in first]
-        if own:
-            answer = max(own, key=lambda runner: first[runner.place].images_per_s)
-            self._final(answer, [p for p in self.peers if p.place in first], first)
-        return self.found
+        everyone = [*self.own, *self.peers]
+        first = _time(everyone, self.pace.first_rounds, self.pace, self.pace.seed, None, self.found)
+        for runner in everyone:
+            if runner.place in first:
+                self.found[runner.place] = Standing(runner.entrant, first[runner.place])
+        speeds = {place: timing.images_per_s for place, timing in first.items()}
+        own = [runner.place for runner in self.own if runner.place in speeds]
+        peers = sorted((p.place for p in self.peers if p.place in speeds), key=lambda place: -speeds[place])
+        near = [place for place in peers if speeds[place] * _NEAR >= speeds[peers[0]]]
+        return max(own, key=lambda place: speeds[place], default=None), near[:_FINALISTS]
 
     def _choose(self) -> None:
         """Drop all but the fastest of fewbit's candidates."""
@@ -197,38 +244,55 @@ class _Turns:
                 return max(self.pace.survey_s, _SURVEY_CALLS * images * call.seconds / call.images)
         return self.pace.survey_s
 
-    def _stage(self, runners: list[_Runner], rounds: int, baseline: _Runner | None) -> dict[int, Timing]:
-        """Time runners side by side; those that fail are left out, and the others start anew."""
-        while left := [runner for runner in runners if not runner.failed]:
-            place = left.index(baseline) if baseline in left else None
-            try:
-                timings = measure_interleaved(
-                    left, rounds, self.pace.block_s, self.pace.seed, baseline=place, min_calls=1
-                )
-            except EngineError:
-                gone = [runner for runner in left if runner.failed]
-                self.found |= {r.place: Standing(r.entrant, failed=r.failed) for r in gone}
-                continue
-            found = {runner.place: timing for runner, timing in zip(left, timings, strict=True)}
-            self.found |= {r.place: Standing(r.entrant, found[r.place]) for r in left}
-            return found
-        return {}
 
-    def _final(self, answer: _Runner, peers: list[_Runner], first: dict[int, Timing]) -> None:
-        """Time the answer against the peers near the fastest one."""
-        peers = sorted(peers, key=lambda p: -first[p.place].images_per_s)
-        fastest = first[peers[0].place].images_per_s if peers else 0.0
-        near = [p for p in peers if first[p.place].images_per_s * _NEAR >= fastest][:_FINALISTS]
-        timings = self._stage([answer, *near], self.pace.rounds, answer)
-        if answer.failed:
-            return
-        self.found[answer.place] = replace(self.found[answer.place], answer=True)
-        for peer in near:
-            timing = timings.get(peer.place)
-            if timing is not None and timing.ratio and timing.ratio_interval is not None:
-                low, high = timing.ratio_interval.low, timing.ratio_interval.high
-                self.found[peer.place] = replace(
-                    self.found[peer.place],
-                    ratio=1 / timing.ratio,
-                    interval=Interval(low=1 / high, high=1 / low),
-                )
+class _Sittings:
+    """The answer and the finalists, opened anew for every sitting."""
+
+    def __init__(
+        self, entrants: dict[int, Entrant], answer: int, pace: Pace, found: dict[int, Standing]
+    ) -> None:
+        self.entrants, self.answer, self.pace, self.found = entrants, answer, pace, found
+        self.taken: dict[int, list[Timing]] = {place: [] for place in entrants}
+
+    def run(self, tell: Callable[[str], None]) -> None:
+        """Sit as often as the pace says; one that fails is out."""
+        for sitting in range(self.pace.sittings):
+            tell(f"sitting {sitting + 1} of {self.pace.sittings}")
+            with ExitStack() as stack:
+                runners = _open_all(self._left(), stack, self.found, lambda _: None)
+                seed = self.pace.seed + sitting
+                timings = _time(runners, self.pace.rounds, self.pace, seed, self.answer, self.found)
+            for place, timing in timings.items():
+                self.taken[place].append(timing)
+            if self.answer not in self._left():
+                return
+        for place, entrant in self._left().items():
+            self.found[place] = self._standing(entrant, place)
+
+    def _left(self) -> dict[int, Entrant]:
+        return {place: entrant for place, entrant in self.entrants.items() if not self.found[place].failed}
+
+    def _standing(self, entrant: Entrant, place: int) -> Standing:
+        taken = self.taken[place]
+        speed, interval = _over_sittings([t.images_per_s for t in taken], taken[0].interval)
+        timing = taken[0].model_copy(
+            update={
+                "images_per_s": speed,
+                "interval": interval,
+                "ms_per_batch_p50": median(t.ms_per_batch_p50 for t in taken),
+                "rounds": sum(t.rounds for t in taken),
+            }
+        )
+        if place == self.answer:
+            return Standing(entrant, timing, answer=True)
+        within = taken[0].ratio_interval
+        assert within is not None  # the answer was there in every sitting
+        ratio, interval = _over_sittings(
+            [1 / t.ratio for t in taken if t.ratio], Interval(low=1 / within.high, high=1 / within.low)
+        )
+        return Standing(entrant, timing, ratio=ratio, interval=interval)
+
+
+def _over_sittings(values: Sequence[float], within: Interval) -> tuple[float, Interval]:
+    """Return the median and its interval; that of a single sitting is the one within it."""
+    return median(values), median_interval(values) if len(values) > 1 else within

@@ -20,7 +20,7 @@ def test_every_contender_has_a_row(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(CARD, encoding="utf-8")
     rows_path = tmp_path / "rows.jsonl"
     rows_path.write_text('{"peak_gops": 1000.0}\n', encoding="utf-8")  # known, so not measured
-    pace = ["--rounds", "3", "--first-rounds", "3", "--block", "0.01", "--images", "8"]
+    pace = ["--sittings", "2", "--rounds", "3", "--first-rounds", "3", "--block", "0.01", "--images", "8"]
     case = ["--batches", "2", "--threads", "1", "--only", "onnxruntime,nncf", "--peers", "/bin/false"]
     command = [sys.executable, str(BENCH), str(tmp_path / "tiny.toml"), *pace, *case]
     command += ["--rows", str(rows_path), "--json"]

@@ -9,29 +9,39 @@ from fewbit.engines.session import BlockTime, Setting
 from fewbit.errors import EngineCrashed, EngineError
 from speed_turns import Entrant, Pace, Standing, measure_case
 
-PACE = Pace(rounds=6, first_rounds=3, block_s=0.0, survey_s=0.1)
+PACE = Pace(sittings=6, rounds=3, first_rounds=3, block_s=0.0, survey_s=0.1)
 
 
 @dataclass
 class Made:
-    """Runs at a set speed without running anything; fails after some blocks."""
+    """Runs at a set speed without running anything; fails after some blocks.
+
+    Attributes:
+        images_per_s: In the first process; each later one is as many times as fast as `luck` says.
+    """
 
     images_per_s: float
     fails_after: int | None = None
+    luck: tuple[float, ...] = (1.0,)
     setting: Setting = field(default_factory=lambda: Setting(batch=4))
     blocks: int = 0
+    opened: int = 0
     closed: int = 0
 
+    def open(self) -> Made:
+        self.opened += 1
+        return self
+
     def time_block(self, seconds: float) -> BlockTime:
-        assert not self.closed, "it is timed after it was closed"
+        assert self.opened > self.closed, "it is timed after it was closed"
         self.blocks += 1
         if self.fails_after is not None and self.blocks > self.fails_after:
             raise EngineCrashed("made: crashed while timing it (SIGSEGV)")
-        taken = 4 / self.images_per_s
+        taken = 4 / (self.images_per_s * self.luck[(self.opened - 1) % len(self.luck)])
         return BlockTime(images=4, seconds=taken, latencies_ms=(1e3 * taken,))
 
     def close(self) -> None:
-        self.closed += 1
+        self.closed = self.opened
 
 
 @dataclass
@@ -43,7 +53,7 @@ class Field:
 
     def add(self, name: str, made: Made) -> None:
         self.made[name] = made
-        self.entrants.append(Entrant(name, "1 stream", "int8", name.startswith("fewbit"), lambda: made))
+        self.entrants.append(Entrant(name, "1 stream", "int8", name.startswith("fewbit"), made.open))
 
     def refuse(self, name: str, reason: str) -> None:
         def start() -> Made:
@@ -51,8 +61,8 @@ class Field:
 
         self.entrants.append(Entrant(name, "1 stream", "int8", name.startswith("fewbit"), start))
 
-    def measure(self, tell: Callable[[str], None] = lambda _: None) -> dict[str, Standing]:
-        return {s.entrant.name: s for s in measure_case(self.entrants, PACE, tell)}
+    def measure(self, tell: Callable[[str], None] = lambda _: None, pace: Pace = PACE) -> dict[str, Standing]:
+        return {s.entrant.name: s for s in measure_case(self.entrants, pace, tell)}
 
 
 @pytest.fixture
@@ -72,9 +82,32 @@ def test_the_answer_stands_against_the_finalists(entered: Field) -> None:
     assert found["near"].interval is not None and found["near"].interval.low == pytest.approx(1.2)
     assert found["far"].ratio is None and found["fewbit slow"].ratio is None
     rounds = {name: s.timing.rounds for name, s in found.items() if s.timing is not None}
-    assert rounds == {"fewbit fast": 6, "fast": 6, "near": 6, "fewbit slow": 3, "far": 3}
-    assert all(made.closed for made in entered.made.values())
-    assert told == [*(f"opening {name}, 1 stream" for name in speeds), "rounds"]
+    assert rounds == {"fewbit fast": 18, "fast": 18, "near": 18, "fewbit slow": 3, "far": 3}
+    opened = {name: made.opened for name, made in entered.made.items()}
+    assert opened == {"fewbit fast": 7, "fast": 7, "near": 7, "fewbit slow": 1, "far": 1}
+    assert all(made.closed == made.opened for made in entered.made.values())
+    sittings = [f"sitting {number} of 6" for number in range(1, 7)]
+    assert told == [*(f"opening {name}, 1 stream" for name in speeds), "first rounds", *sittings]
+
+
+def test_the_luck_of_a_process_is_in_the_interval(entered: Field) -> None:
+    entered.add("peer", Made(100))
+    entered.add("fewbit", Made(100, luck=(1.0, 1.10, 0.95, 1.0, 1.05, 0.9, 1.02)))
+    found = entered.measure()
+    peer, interval = found["peer"], found["peer"].interval
+    assert peer.ratio == pytest.approx((1.0 + 1.02) / 2)
+    assert interval is not None
+    assert (interval.low, interval.high) == pytest.approx((0.9, 1.10))  # the sign test's of six values
+    assert found["fewbit"].timing is not None
+    assert found["fewbit"].timing.images_per_s == pytest.approx(101)
+
+
+def test_a_single_sitting_has_the_interval_of_its_rounds(entered: Field) -> None:
+    entered.add("peer", Made(100))
+    entered.add("fewbit", Made(125))
+    found = entered.measure(pace=PACE.model_copy(update={"sittings": 1}))
+    assert found["peer"].ratio == pytest.approx(1.25)
+    assert found["peer"].interval is not None and found["peer"].interval.low == pytest.approx(1.25)
 
 
 def test_one_that_cannot_be_opened_says_why_and_the_others_go_on(entered: Field) -> None:
@@ -86,7 +119,7 @@ def test_one_that_cannot_be_opened_says_why_and_the_others_go_on(entered: Field)
     assert found["fewbit"].answer and found["peer"].ratio == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("after", [0, 1, 3, 9])
+@pytest.mark.parametrize("after", [0, 1, 3, 9, 20])
 def test_a_peer_that_crashes_has_its_row_and_the_others_start_anew(entered: Field, after: int) -> None:
     entered.add("crashing", Made(1000, fails_after=after))
     entered.add("peer", Made(100))
