@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fewbit.engines.profile import Profiled
 from fewbit.engines.session import BlockTime, Engine, Images, Session, Setting
@@ -36,7 +37,7 @@ Reply = tuple[dict[str, Any], bytes]
 class Runs(Protocol):
     """What can be timed: a `Session`, or a peer of one."""
 
-    def run(self, batch: Images) -> Images:
+    def run(self, batch: Images) -> NDArray[np.float32]:
         """Return the logits of a batch."""
         ...
 

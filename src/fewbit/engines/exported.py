@@ -20,6 +20,8 @@ _INTEGER_MATRIX = frozenset({"ConvInteger", "MatMulInteger"})
 _QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _PASSED = _QUANTIZING | {"Constant"}
 _ACTIVATIONS = frozenset({"Relu", "Clip"})
+# What ONNX Runtime fuses into a float convolution, which then has the activation's name.
+_FUSED_BEHIND = _ACTIVATIONS | {"Sigmoid", "HardSigmoid", "Tanh", "LeakyRelu"}
 # What engines append to the names of nodes that they rewrite.
 _SUFFIX = re.compile(r"(_token_\d+|_bn_nchwc|_nchwc)$")
 _SMALL = 4096
@@ -88,7 +90,7 @@ class ExportedGraph:
 
     def _owner_behind(self, name: str, owner: dict[str, int]) -> int | None:
         for follower in self._followers(name):
-            if self.nodes[follower].op_type in _ACTIVATIONS and follower in owner:
+            if self.nodes[follower].op_type in _FUSED_BEHIND and follower in owner:
                 return owner[follower]
         return None
 
