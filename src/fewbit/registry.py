@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from fewbit.errors import RecipeError, suggest
 
-Kind = Literal["steps", "ranges", "sensitivity", "engines"]
+Kind = Literal["steps", "ranges", "sensitivity", "search", "engines"]
 
 ROWS: dict[Kind, dict[str, str]] = {
     "steps": {
@@ -55,6 +55,12 @@ ROWS: dict[Kind, dict[str, str]] = {
         "hessian": "fewbit.sensitivity.hessian:Hessian",
         "fisher": "fewbit.sensitivity.fisher:Fisher",
         "drop": "fewbit.sensitivity.drop:Drop",
+    },
+    "search": {
+        "integer_program": "fewbit.search.mixed.integer_program:IntegerProgram",
+        "greedy": "fewbit.search.mixed.greedy:Greedy",
+        "evolve": "fewbit.search.mixed.evolve:Evolve",
+        "differentiable": "fewbit.search.mixed.differentiable:Differentiable",
     },
     "engines": {
         "onnxruntime": "fewbit.engines.onnxruntime:OnnxRuntime",

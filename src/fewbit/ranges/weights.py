@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fewbit import registry
 from fewbit.errors import RecipeError
+from fewbit.place.quantizer import Quantizer
 from fewbit.ranges.range_finder import Range, RangeMethod, extremes
 from fewbit.spec import QuantSpec
 
@@ -63,3 +65,12 @@ def weight_rows(weight: torch.Tensor, spec: QuantSpec, axis: int = 0, name: str 
     weight = weight.detach().to(torch.float32)
     extremes(weight, name)
     return weight.movedim(axis, 0).reshape(weight.shape[axis] if spec.granularity == "channel" else 1, -1)
+
+
+def rounded(weight: Tensor, spec: QuantSpec, method: RangeMethod | str, name: str) -> Tensor:
+    """Return a weight rounded to a grid whose range a method finds."""
+    quantizer = Quantizer(spec, name, weight=True)
+    found = find_weight_range(weight, spec, 0, method, name)
+    quantizer.set_range(found.low, found.high)
+    values: Tensor = quantizer(weight)
+    return values

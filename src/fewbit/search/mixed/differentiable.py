@@ -14,10 +14,10 @@ from torch.func import functional_call
 
 from fewbit.errors import DataError, RecipeError
 from fewbit.net import Net
+from fewbit.ranges.weights import rounded
 from fewbit.search.mixed.greedy import choose_greedily
 from fewbit.search.mixed.problem import LOSS, Assignment, Problem
 from fewbit.search.mixed.table import Choice, Floats, Table, tabulate
-from fewbit.sensitivity.kl import rounded
 from fewbit.spec import Frozen, QuantSpec
 
 Batch = tuple[Tensor, Tensor | None]

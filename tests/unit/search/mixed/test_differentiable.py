@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewbit.errors import DataError, RecipeError
 from fewbit.net import Net
+from fewbit.ranges.weights import rounded
 from fewbit.recipe import read_recipe, run_recipe
 from fewbit.search.mixed import differentiable
 from fewbit.search.mixed.differentiable import Differentiable
@@ -17,7 +18,7 @@ from fewbit.search.mixed.integer_program import solve
 from fewbit.search.mixed.problem import Problem, Tie
 from fewbit.search.mixed.table import tabulate
 from fewbit.search.mixed.widths import width_problem
-from fewbit.sensitivity.kl import kl_divergence, rounded
+from fewbit.sensitivity.kl import kl_divergence
 from fewbit.spec import QuantSpec
 from hawq_v3 import DATA, gain, hawq_problem
 from made_problems import chain
