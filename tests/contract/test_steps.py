@@ -38,7 +38,9 @@ def road_to(name: str) -> tuple[str, ...]:
 
 
 def recipe_of(steps: tuple[str, ...]) -> Recipe:
-    return Recipe(name="contract", steps=tuple({"use": step} for step in steps))
+    """Return a recipe of steps; what holds for them does so after few iterations."""
+    few = {step: {"iterations": 20} for step in steps if "iterations" in find("steps", step).model_fields}
+    return Recipe(name="contract", steps=tuple({"use": step} | few.get(step, {}) for step in steps))
 
 
 def net_for(name: str, network: str = "residual") -> Net:
