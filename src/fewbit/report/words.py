@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from fewbit.engines.session import Setting
@@ -145,7 +146,7 @@ def recipe(name: str, keep_float: Sequence[str] = ()) -> str:
     'int8 (min-max ranges, uint8 pixels in)'
     """
     plain = name.removesuffix("-pixels")
-    base = plain.removesuffix(f"-float{len(keep_float)}")
+    base = re.sub(r"-(float|mixed)\d+$", "", plain) if keep_float else plain
     text = RECIPES.get(base, base)
     more = [f"{several(len(keep_float), 'layer')} in float"] if keep_float else []
     more += ["uint8 pixels in"] if plain != name else []

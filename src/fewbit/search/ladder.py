@@ -7,11 +7,13 @@ that was killed goes on as if it had not been.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from fewbit.engines.session import EngineName, FloatPrecision
 from fewbit.search.answer import finalists
+from fewbit.search.mixed_precision import Mix
 from fewbit.search.standing import Pair, Standing
 from fewbit.search.trial import Trial
 from fewbit.spec import Frozen, ImageInput
@@ -21,6 +23,8 @@ BETTER_RANGES = ("int8-moving-average", "int8-percentile", "int8-mse")
 CORRECTED = ("int8-equalized",)
 RECONSTRUCTED = ("int8-reconstructed",)
 WEIGHTS_ONLY = "int8-weights-only"
+_FASTER = 0.97
+"""A mix is tried for speed where its predicted time is less than this share of all integers'."""
 _GAIN_OF_PIXELS = 1.15
 """More than a file has been seen to gain by taking pixels: 1.02 to 1.11."""
 
@@ -61,11 +65,27 @@ Ranking = Callable[[str, EngineName, str], tuple[str, ...]]
 """(network, engine, recipe) -> its layers, the one whose rounding costs most first."""
 
 
+Mixing = Callable[[str, EngineName, str, FloatPrecision], tuple[Mix, ...]]
+"""(network, engine, recipe, float precision) -> regions to leave in float, the fastest choice first."""
+
+
+class Aids(NamedTuple):
+    """What rungs ask for beside the standing; each takes a while, so only where it is needed.
+
+    Attributes:
+        ranking: In which order to leave layers in float.
+        mixing: Which regions to leave in float; none where there is no time for it.
+    """
+
+    ranking: Ranking
+    mixing: Mixing | None = None
+
+
 class Rung(NamedTuple):
     """One row of the ladder."""
 
     name: str
-    propose: Callable[[Standing, Ranking], Proposal | None]
+    propose: Callable[[Standing, Aids], Proposal | None]
 
 
 class Ladder:
@@ -73,23 +93,23 @@ class Ladder:
 
     Args:
         standing: Makes the view of a history: see `fewbit.search.standing.Standing`.
-        ranking: Gives the order in which layers are left in float; asked only by the rung that needs it.
+        aids: What rungs may ask for beside it.
     """
 
-    def __init__(self, standing: Callable[[Sequence[Trial]], Standing], ranking: Ranking) -> None:
-        self._standing, self._ranking = standing, ranking
+    def __init__(self, standing: Callable[[Sequence[Trial]], Standing], aids: Aids) -> None:
+        self._standing, self._aids = standing, aids
 
     def propose(self, history: Sequence[Trial]) -> Proposal | None:
         """Return the first proposal of the lowest rung that has one."""
         view = self._standing(history)
         for rung in RUNGS:
-            proposal = rung.propose(view, self._ranking)
+            proposal = rung.propose(view, self._aids)
             if proposal is not None:
                 return proposal
         return None
 
 
-def float32(view: Standing, _: Ranking) -> Proposal | None:
+def float32(view: Standing, _: Aids) -> Proposal | None:
     """Every network in float32 on every engine: the accuracy to keep and the speed to beat."""
     return _first_new(
         view,
@@ -101,7 +121,7 @@ def float32(view: Standing, _: Ranking) -> Proposal | None:
     )
 
 
-def bf16(view: Standing, _: Ranking) -> Proposal | None:
+def bf16(view: Standing, _: Aids) -> Proposal | None:
     """The float file in bfloat16 where the host computes in it: no calibration, often no accuracy lost."""
     pairs = (p for p in _by_promise(view) if p.engine in view.terms.bf16_engines)
     return _first_new(
@@ -121,7 +141,7 @@ def bf16(view: Standing, _: Ranking) -> Proposal | None:
     )
 
 
-def int8(view: Standing, _: Ranking) -> Proposal | None:
+def int8(view: Standing, _: Aids) -> Proposal | None:
     """Plain int8 on every engine; the most promising network first."""
     return _first_new(
         view,
@@ -133,17 +153,17 @@ def int8(view: Standing, _: Ranking) -> Proposal | None:
     )
 
 
-def ranges(view: Standing, _: Ranking) -> Proposal | None:
+def ranges(view: Standing, _: Aids) -> Proposal | None:
     """Better range estimators: the same speed, so only while the budget is not held, or held within noise."""
     return _more_accurate(view, "ranges", BETTER_RANGES)
 
 
-def corrected(view: Standing, _: Ranking) -> Proposal | None:
+def corrected(view: Standing, _: Aids) -> Proposal | None:
     """Weights equalized across layers and biases corrected: the same speed again, some seconds dearer."""
     return _more_accurate(view, "corrected", CORRECTED)
 
 
-def reconstructed(view: Standing, _: Ranking) -> Proposal | None:
+def reconstructed(view: Standing, _: Aids) -> Proposal | None:
     """Codes chosen for the layer's output: the dearest step that needs no training, and the most accurate."""
     return _more_accurate(view, "reconstructed", RECONSTRUCTED)
 
@@ -160,7 +180,7 @@ def _more_accurate(view: Standing, rung: str, recipes: Sequence[str]) -> Proposa
     return None
 
 
-def weights_only(view: Standing, _: Ranking) -> Proposal | None:
+def weights_only(view: Standing, _: Aids) -> Proposal | None:
     """Weights in int8, arithmetic in float: as small as int8 and nearer to float, but slow; only for size."""
     if view.terms.objective != "size":
         return None
@@ -174,13 +194,13 @@ def weights_only(view: Standing, _: Ranking) -> Proposal | None:
     )
 
 
-def float_layers(view: Standing, ranking: Ranking) -> Proposal | None:
+def float_layers(view: Standing, aids: Aids) -> Proposal | None:
     """Leave in float the layers that cost most accuracy: 1, 2, 4, ... of them, then bisect back."""
     for pair in _climbing(view):
         base = view.most_accurate(pair)
-        if base is None or any(view.meets(t) for t in view.int8_trials(pair)):
+        if base is None or any(view.meets(t) for t in view.int8_trials(pair) + view.mixed_trials(pair)):
             continue
-        layers = ranking(pair.network, pair.engine, base)
+        layers = aids.ranking(pair.network, pair.engine, base)
         count = _next_count(view, pair, base, len(layers))
         if count is not None:
             return Proposal(
@@ -189,13 +209,81 @@ def float_layers(view: Standing, ranking: Ranking) -> Proposal | None:
                 engine=pair.engine,
                 recipe=f"{base}-float{count}",
                 base=base,
-                float_precision="bf16" if view.bf16_holds(pair) else "float32",
+                float_precision=_precision_of(view, pair),
                 keep_float=layers[:count],
             )
     return None
 
 
-def pixels(view: Standing, _: Ranking) -> Proposal | None:
+def _base_of(trial: Trial) -> str:
+    """Return the shipped recipe that a trial's is made from, by its name."""
+    name = re.sub(r"-(float|mixed)\d+$", "", trial.recipe)
+    return "float32" if name == "bf16" else name
+
+
+def mixed(view: Standing, aids: Aids) -> Proposal | None:
+    """Regions in float that are faster so, or that mend what int8 loses at the least measured time."""
+    if aids.mixing is None or view.terms.objective == "size":
+        return None
+    for pair in _mixable(view):
+        base = view.most_accurate(pair)
+        if base is None:
+            continue
+        inside = any(view.meets(t) for t in view.int8_trials(pair))
+        precision = _precision_of(view, pair)
+        mixes = aids.mixing(pair.network, pair.engine, base, precision)
+        chosen = _next_mix(view, pair, base, mixes, inside)
+        if chosen is not None:
+            return Proposal(
+                rung="mixed",
+                network=pair.network,
+                engine=pair.engine,
+                recipe=_mixed_name(base, chosen),
+                base=base,
+                float_precision=precision,
+                keep_float=mixes[chosen].keep_float,
+            )
+    return None
+
+
+def _mixed_name(base: str, place: int) -> str:
+    return f"{base}-mixed{place}"
+
+
+def _mixable(view: Standing) -> list[Pair]:
+    """Pairs whose int8 is the best there is, or could be if it lost less."""
+    best, found = view.best(), _climbing(view)
+    if best is not None:
+        pair = Pair(best.network, best.setting.engine)
+        if pair not in found and any(view.meets(t) for t in view.int8_trials(pair)):
+            found.insert(0, pair)
+    return found
+
+
+def _next_mix(view: Standing, pair: Pair, base: str, mixes: Sequence[Mix], inside: bool) -> int | None:
+    """Say which choice of a front to measure next, none where no other can matter.
+
+    Where int8 holds the budget, only one that is faster by more than a prediction errs. Else the fastest that
+    holds it is searched for by halving, since what a choice loses falls along the front.
+    """
+    if inside:
+        new = mixes and mixes[0].keep_float and mixes[0].ratio < _FASTER
+        return 0 if new and not view.has(*pair, _mixed_name(base, 0)) else None
+    low, high = -1, len(mixes)
+    while high - low > 1:
+        middle = (low + high) // 2
+        trial = view.find(*pair, _mixed_name(base, middle))
+        if trial is None and mixes[middle].keep_float:
+            return middle
+        low, high = (low, middle) if trial is not None and view.meets(trial) else (middle, high)
+    return None
+
+
+def _precision_of(view: Standing, pair: Pair) -> FloatPrecision:
+    return "bf16" if view.bf16_holds(pair) else "float32"
+
+
+def pixels(view: Standing, _: Aids) -> Proposal | None:
     """The best of each pair fed with pixels as they are, where that may make it the best of all."""
     if "uint8" not in view.terms.inputs or view.terms.objective == "size":
         return None
@@ -212,7 +300,7 @@ def pixels(view: Standing, _: Ranking) -> Proposal | None:
                 network=pair.network,
                 engine=pair.engine,
                 recipe=name,
-                base=trial.base,
+                base=_base_of(trial),
                 float_precision=trial.setting.float_precision,
                 keep_float=trial.keep_float,
                 takes="uint8",
@@ -228,6 +316,7 @@ RUNGS: tuple[Rung, ...] = (
     Rung("corrected", corrected),
     Rung("reconstructed", reconstructed),
     Rung("weights-only", weights_only),
+    Rung("mixed", mixed),
     Rung("float-layers", float_layers),
     Rung("pixels", pixels),
 )

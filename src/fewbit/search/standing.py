@@ -72,7 +72,11 @@ class Standing:
 
     def __init__(self, terms: Terms, trials: Sequence[Trial], refuted: Collection[str] = ()) -> None:
         self.terms, self.refuted = terms, frozenset(refuted)
-        self.trials = [t for t in trials if t.network in terms.networks and t.setting.engine in terms.engines]
+        self.trials = [
+            t
+            for t in trials
+            if t.network in terms.networks and t.setting.engine in terms.engines and t.takes in terms.inputs
+        ]
 
     def pairs(self) -> list[Pair]:
         """Every network on every engine, in the order given."""
@@ -152,7 +156,8 @@ class Standing:
 
     def best(self, without: Pair | None = None) -> Trial | None:
         """Return the best trial inside every budget, the int8 trials of one pair left out."""
-        return next((t for t in self.ranked() if not (_is_int8(t) and _pair(t) == without)), None)
+        others = (t for t in self.ranked() if not (t.recipe.startswith("int8") and _pair(t) == without))
+        return next(others, None)
 
     def nearest(self) -> Trial | None:
         """Return the trial that is least outside the budgets, whole measurements before ended races."""
@@ -212,6 +217,10 @@ class Standing:
             and t.takes == "float32"
             and t.recipe.startswith(f"{base}-float")
         ]
+
+    def mixed_trials(self, pair: Pair) -> list[Trial]:
+        """Trials of a pair with the regions in float that an integer program chose."""
+        return [t for t in self.trials if _pair(t) == pair and t.rung == "mixed"]
 
     def int8_value(self, pair: Pair) -> float | None:
         """Return what int8 may reach on a pair, whatever its accuracy; none where it does not run.

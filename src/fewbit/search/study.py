@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
+from pydantic import TypeAdapter
+
 from fewbit.engines.saturation import saturating_engines
-from fewbit.engines.session import EngineName
-from fewbit.errors import InputError
+from fewbit.engines.session import EngineName, FloatPrecision
+from fewbit.errors import FewbitError, InputError
 from fewbit.files import write_text
 from fewbit.measure.accuracy import Predictions
 from fewbit.measure.host import Host, describe_host, versions
@@ -18,7 +20,8 @@ from fewbit.search.finish import Finish
 from fewbit.search.fit import fewer, share_of_images
 from fewbit.search.gather import expected_note, expected_parts, gather, identity
 from fewbit.search.journal import Journal, Part, read_study, refuse_another
-from fewbit.search.ladder import Ladder, Proposal
+from fewbit.search.ladder import PLAIN, Aids, Ladder, Proposal
+from fewbit.search.mixed_precision import Mix
 from fewbit.search.options import StudyOptions
 from fewbit.search.speeds import Sessions, Speeds
 from fewbit.search.standing import Standing, Terms
@@ -32,6 +35,9 @@ __all__ = ["read_study", "run_study"]
 _FINISH_S = 16.0
 _FIRST_TRIAL_S = 8.0
 _MOST_REFUTED = 6
+_MINUTES_TO_MIX = 8.0
+_LEAST_MS_TO_MIX = 2.0  # of a batch: below, the times of its regions are lost in noise
+_MIXES = TypeAdapter(tuple[Mix, ...])
 
 
 class _Known(NamedTuple):
@@ -119,7 +125,8 @@ class _Search:
 
     def _climb(self) -> Proposal | None:
         """Measure what the ladder proposes; return what it would next where time or trials are out."""
-        ladder = Ladder(lambda history: self._standing(), self._ranking)
+        mixing = self._mixing if self._has_time_to_mix() else None
+        ladder = Ladder(lambda history: self._standing(), Aids(self._ranking, mixing))
         while (proposal := ladder.propose(self.history)) is not None and self._may_go_on():
             self._measure(proposal)
         return proposal
@@ -214,8 +221,11 @@ class _Search:
             count = self.journal.forget_trials("dropped")
             self.journal.forget("answer")
             self.journal.forget("refuted")
+            same = Terms.model_validate_json(before).budgets == terms.budgets
+            what = "what the answer may take is" if same else "the budgets are"
+            others = "another" if same else "others"
             self._note(
-                "the budgets are others than before: what was measured stands, "
+                f"{what} {others} than before: what was measured stands, "
                 f"{count} dropped trials may come again"
             )
         self.journal.decide("terms", now)
@@ -244,6 +254,36 @@ class _Search:
             kept = "\n".join(self.trials.benches[network].ranking(engine, base))
             self.journal.decide(name, kept)
         return tuple(kept.split("\n"))
+
+    def _mixing(
+        self, network: str, engine: EngineName, base: str, float_precision: FloatPrecision
+    ) -> tuple[Mix, ...]:
+        name = f"mixes {network} {engine} {base} {float_precision}"
+        kept = self.journal.decision(name)
+        if kept is None:
+            trial = self._standing().find(network, engine, PLAIN)
+            if trial is None or trial.timing is None or trial.timing.ms_per_batch_p50 < _LEAST_MS_TO_MIX:
+                return ()
+            alone = {"threads": trial.setting.threads_per_stream, "streams": 1}
+            setting = trial.setting.model_copy(update=alone | {"float_precision": float_precision})
+
+            def tell(done: float) -> None:
+                self._tell("progress", f"{network} on {engine}: times of regions", done)
+
+            tell(0.0)
+            self.trials.sessions.free()
+            try:
+                mixes = self.trials.benches[network].mixes(setting, tell)
+            except FewbitError as reason:
+                mixes = ()
+                self._note(f"{network} on {engine}: mixed precision was not tried ({reason})")
+            kept = _MIXES.dump_json(mixes).decode()
+            self.journal.decide(name, kept)
+        return _MIXES.validate_json(kept)
+
+    def _has_time_to_mix(self) -> bool:
+        minutes = self.known.options.minutes
+        return minutes is None or minutes >= _MINUTES_TO_MIX
 
     def _check_expected(self) -> None:
         """Hold float32 against what its card expects, the first thing that a reader must know."""

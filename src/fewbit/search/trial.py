@@ -48,7 +48,6 @@ class Trial(Frozen):
         seconds: What the trial cost.
         keep_float: Layers that the recipe leaves in float beyond its own rules.
         survey: The settings that were tried to find `setting`, the best first.
-        base: The shipped recipe that its recipe is made from.
         takes: What the file takes.
     """
 
@@ -69,7 +68,6 @@ class Trial(Frozen):
     seconds: float = 0.0
     keep_float: tuple[str, ...] = ()
     survey: tuple[Surveyed, ...] = ()
-    base: str = ""
     takes: ImageInput = "float32"
 
 

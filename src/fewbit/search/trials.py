@@ -120,7 +120,6 @@ class Trials:
             seconds=time.perf_counter() - begin,
             keep_float=proposal.keep_float,
             survey=found.survey,
-            base=proposal.base,
             takes=proposal.takes,
         )
         return trial, found.predictions

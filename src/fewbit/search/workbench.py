@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from fewbit.data.image_set import ImageSet
-from fewbit.engines.session import EngineName
-from fewbit.export.facts import describe_export
+from fewbit.engines.session import EngineName, Setting
+from fewbit.export.facts import describe_export, sums_of
 from fewbit.export.onnx_out import export_onnx
 from fewbit.load.card import Card
 from fewbit.net import Net
 from fewbit.place.targets import target
 from fewbit.recipe import Recipe, image_context, read_recipe, run_recipe
 from fewbit.search.journal import Part
-from fewbit.search.ladder import Proposal
+from fewbit.search.ladder import PLAIN, Proposal
+from fewbit.search.mixed_precision import Mix, mix_precisions
 from fewbit.search.ranking import images_for_ranking, rank_layers
+from fewbit.search.region_probe import RegionProbe
 from fewbit.search.trial import LayerRecord
 from fewbit.sensitivity.sqnr import layer_records
 from fewbit.spec import ImageInput
@@ -146,8 +148,8 @@ class Workbench:
         except Exception:  # what is left of a kill serves the next run, what is left of a failure nobody
             shutil.rmtree(self._partial, ignore_errors=True)
             raise
-        path, exact = self.file_of(recipe, engine), engine not in self.saturating
-        facts = describe_export(self.card, recipe, engine, self.images.calibration, exact)
+        path, sums = self.file_of(recipe, engine), sums_of(net, engine not in self.saturating)
+        facts = describe_export(self.card, recipe, engine, self.images.calibration, sums)
         takes: ImageInput = "uint8" if recipe.folds_input else "float32"
         export_onnx(net, path, target(engine) if recipe.places else None, facts, takes)
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -166,6 +168,21 @@ class Workbench:
             self._ranked[engine, base] = rank_layers(self.net, net, few)
             shutil.rmtree(self._partial, ignore_errors=True)
         return self._ranked[engine, base]
+
+    def mixes(self, setting: Setting, tell: Callable[[float], None]) -> tuple[Mix, ...]:
+        """Return which regions to leave in float on an engine; see `mix_precisions`.
+
+        Raises:
+            EngineError: The engine does not run one of the files.
+        """
+        folder, exact = self.folder / "regions", setting.engine not in self.saturating
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe = RegionProbe(self.net, setting, folder, PLAIN, self.seed, exact)
+            few = list(self._some(images_for_ranking(self.card.input.size)))
+            return mix_precisions(probe, few, tell=tell)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _context(self, engine: EngineName, advance: Advance | None) -> Context:
         exact = engine not in self.saturating

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -10,7 +10,8 @@ from fewbit.engines.session import EngineName, Setting
 from fewbit.measure.accuracy import Accuracy, Comparison, Interval
 from fewbit.measure.speed import Timing
 from fewbit.search.budget import parse_budget
-from fewbit.search.ladder import BETTER_RANGES, CORRECTED, RECONSTRUCTED, Ladder, Proposal
+from fewbit.search.ladder import BETTER_RANGES, CORRECTED, RECONSTRUCTED, Aids, Ladder, Proposal, pixels
+from fewbit.search.mixed_precision import Mix
 from fewbit.search.standing import Objective, Standing, Terms
 from fewbit.search.trial import Trial, TrialState
 
@@ -59,7 +60,6 @@ def trial(
         timing=None if state == "failed" else timing,
         bytes=size,
         keep_float=proposal.keep_float,
-        base=proposal.base,
         takes=proposal.takes,
     )
 
@@ -67,10 +67,11 @@ def trial(
 Answers = Callable[[Proposal], Trial]
 
 
-def climb(terms: Terms, answer: Answers, most: int = 60) -> list[Trial]:
+def climb(terms: Terms, answer: Answers, most: int = 60, mixes: Sequence[Mix] | None = None) -> list[Trial]:
     """Run the ladder to its end against made measurements."""
     history: list[Trial] = []
-    ladder = Ladder(lambda trials: Standing(terms, trials), lambda *_: LAYERS)
+    aids = Aids(lambda *_: LAYERS, None if mixes is None else lambda *_: tuple(mixes))
+    ladder = Ladder(lambda trials: Standing(terms, trials), aids)
     while (proposal := ladder.propose(history)) is not None:
         again = ladder.propose(tuple(history))
         assert again == proposal
@@ -342,10 +343,11 @@ def test_what_the_holdout_images_refused_is_climbed_past() -> None:
     float32 = Proposal(rung="float32", network="net", engine="onnxruntime", recipe="float32", base="float32")
     plain = Proposal(rung="int8", network="net", engine="onnxruntime", recipe="int8", base="int8")
     history = [trial(float32, 600, 100.0), trial(plain, 601, 300.0)]
-    refused = Ladder(lambda trials: Standing(asked, trials, {history[1].key}), lambda *_: LAYERS)
+    aids = Aids(lambda *_: LAYERS)
+    refused = Ladder(lambda trials: Standing(asked, trials, {history[1].key}), aids)
     proposal = refused.propose(history)
     assert proposal is not None and proposal.recipe == BETTER_RANGES[0]
-    assert Ladder(lambda trials: Standing(asked, trials), lambda *_: LAYERS).propose(history) is None
+    assert Ladder(lambda trials: Standing(asked, trials), aids).propose(history) is None
 
 
 def test_a_slow_minute_of_the_machine_does_not_turn_the_order() -> None:
@@ -419,7 +421,114 @@ def test_nothing_is_built_on_a_trial_that_takes_pixels() -> None:
     proposal = Proposal(
         rung="pixels", network="net", engine="openvino", recipe="int8-pixels", base="int8", takes="uint8"
     )
-    terms = Terms(networks=("net",), engines=("openvino",), budgets=(parse_budget("top1-drop<=2%"),))
+    budgets, inputs = (parse_budget("top1-drop<=2%"),), ("float32", "uint8")
+    terms = Terms(networks=("net",), engines=("openvino",), budgets=budgets, inputs=inputs)
     view = Standing(terms, [trial(proposal, 610, 500.0)])
     pair = view.pairs()[0]
     assert view.int8_trials(pair) == [] and view.most_accurate(pair) is None
+
+
+# Mixed precision
+
+
+def mixes_of(*ratios: float) -> tuple[Mix, ...]:
+    """Return a front of one region more in float from choice to choice, with their predicted times."""
+    return tuple(
+        Mix(
+            regions=LAYERS[: place + 1],
+            keep_float=LAYERS[: place + 1],
+            ms=10 * ratio,
+            loss=1.0 / (place + 1),
+            ratio=ratio,
+        )
+        for place, ratio in enumerate(ratios)
+    )
+
+
+def with_mixes(
+    mixes: Sequence[Mix] | None,
+    needed: int,
+    budget: str = "top1-drop<=1%",
+    objective: Objective = "throughput",
+) -> list[Trial]:
+    """Climb where int8 loses 3 points, and `needed` regions in float and more lose none."""
+    budget = parse_budget("top1-drop<=1%")
+    terms = Terms(networks=("net",), engines=("openvino",), budgets=(budget,), objective=objective)
+
+    def answer(proposal: Proposal) -> Trial:
+        if proposal.base == "float32":
+            return trial(proposal, FLOAT_ERRORS, 100)
+        lossless = len(proposal.keep_float) >= needed
+        return trial(proposal, FLOAT_ERRORS if lossless else 720, 500 - 10 * len(proposal.keep_float))
+
+    return climb(terms, answer, mixes=mixes)
+
+
+def test_the_fastest_mix_that_holds_is_found_by_halving() -> None:
+    history = with_mixes(mixes_of(*(1.0 + 0.05 * place for place in range(12))), needed=5)
+    tried = [len(t.keep_float) for t in history if t.rung == "mixed"]
+    assert min(count for count in tried if count >= 5) == 5 and 4 in tried and len(tried) <= 4
+    assert not [t for t in history if t.rung == "float-layers"]
+
+
+def test_a_mix_that_is_faster_is_tried_where_int8_holds() -> None:
+    history = with_mixes(mixes_of(0.85, 0.9, 1.0), needed=0)
+    assert [t.recipe for t in history if t.rung == "mixed"] == ["int8-mixed0"]
+    assert [t.keep_float for t in history if t.rung == "mixed"] == [LAYERS[:1]]
+
+
+def test_a_mix_that_is_hardly_faster_is_not_worth_a_trial() -> None:
+    assert not [t for t in with_mixes(mixes_of(0.98, 1.0), needed=0) if t.rung == "mixed"]
+
+
+def test_without_mixes_layers_are_left_in_float_by_rank() -> None:
+    for none in (None, ()):
+        history = with_mixes(none, needed=4)
+        assert not [t for t in history if t.rung == "mixed"]
+        assert [t for t in history if t.rung == "float-layers"]
+
+
+def test_where_no_mix_holds_each_is_tried_but_once() -> None:
+    history = with_mixes(mixes_of(1.0, 1.1, 1.2), needed=99)
+    tried = [t.recipe for t in history if t.rung == "mixed"]
+    assert len(set(tried)) == len(tried) and any(name.endswith("-mixed2") for name in tried)
+
+
+def test_bytes_are_no_matter_of_regions() -> None:
+    assert not [t for t in with_mixes(mixes_of(0.8), 0, objective="size") if t.rung == "mixed"]
+
+
+def test_what_the_answer_may_not_take_does_not_count() -> None:
+    proposal = Proposal(
+        rung="pixels", network="net", engine="openvino", recipe="int8-pixels", base="int8", takes="uint8"
+    )
+    budgets = (parse_budget("top1-drop<=2%"),)
+    terms = Terms(networks=("net",), engines=("openvino",), budgets=budgets, inputs=("float32",))
+    view = Standing(terms, [trial(proposal, 600, 500.0)])
+    assert view.best() is None and view.trials == []
+
+
+def test_a_twin_with_pixels_does_not_stop_the_climb_of_its_own_pair() -> None:
+    budgets, inputs = (parse_budget("top1-drop<=1%"),), ("float32", "uint8")
+    terms = Terms(networks=("net",), engines=("openvino",), budgets=budgets, inputs=inputs)
+    common = {"network": "net", "engine": "openvino", "base": "int8"}
+    float32 = Proposal(rung="float32", network="net", engine="openvino", recipe="float32", base="float32")
+    plain = Proposal(rung="int8", recipe="int8", **common)  # type: ignore[arg-type]
+    twin = Proposal(rung="pixels", recipe="int8-pixels", takes="uint8", **common)  # type: ignore[arg-type]
+    history = [trial(float32, 600, 100.0), trial(plain, 660, 300.0), trial(twin, 638, 320.0)]
+    aids = Aids(lambda *_: LAYERS)
+    proposal = Ladder(lambda trials: Standing(terms, trials), aids).propose(history)
+    assert proposal is not None and proposal.recipe == BETTER_RANGES[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "base"),
+    [("int8", "int8"), ("int8-mse-float4", "int8-mse"), ("int8-mixed0", "int8"), ("bf16", "float32")],
+)
+def test_the_recipe_behind_a_trial_is_read_off_its_name(recipe: str, base: str) -> None:
+    """As a journal written before there were pixels has nothing else."""
+    budgets, inputs = (parse_budget("top1-drop<=1%"),), ("float32", "uint8")
+    terms = Terms(networks=("net",), engines=("openvino",), budgets=budgets, inputs=inputs)
+    best = Proposal(rung="int8", network="net", engine="openvino", recipe=recipe, base=base)
+    proposal = pixels(Standing(terms, [trial(best, 600, 500.0)]), Aids(lambda *_: LAYERS))
+    assert proposal is not None and (proposal.recipe, proposal.base) == (f"{recipe}-pixels", base)

@@ -1,0 +1,116 @@
+"""Which regions to leave in float: the front of measured time against sensitivity, by integer programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewbit.measure.region_latency import RegionLatency, fit_region_latency
+from fewbit.search.mixed.front import front
+from fewbit.search.mixed.problem import Boundary, Option, Problem, Region
+from fewbit.search.region_probe import RegionProbe, Tell
+from fewbit.sensitivity.kl import KL
+from fewbit.spec import Frozen, QuantSpec
+
+INTEGERS, FLOAT = "int8", "float"
+_WORTH = 0.97
+_POINTS = 24
+
+
+class Mix(Frozen):
+    """One choice of regions that stay in float.
+
+    Attributes:
+        regions: Their names.
+        keep_float: Their layers, as a recipe's rules name them.
+        ms: Predicted milliseconds that a batch takes off the engine.
+        loss: Sum of the sensitivities of the regions in integers.
+        ratio: `ms` over that of the network all in integers.
+    """
+
+    regions: tuple[str, ...]
+    keep_float: tuple[str, ...]
+    ms: float
+    loss: float
+    ratio: float
+
+
+def mix_precisions(
+    probe: RegionProbe, images: Sequence[Tensor], assignments: int = 30, tell: Tell | None = None
+) -> tuple[Mix, ...]:
+    """Return the choices that no other one beats in predicted time and in sensitivity, the fastest first.
+
+    The time of each region in integers and in float is the engine's own (`RegionProbe.guess`), boundaries
+    between precisions included. Where the guess promises that some mix is faster than all integers by 3 % and
+    more, it is fitted to measurements of `assignments` random mixes first, for such a gain is easily an error
+    of the guess. The loss of a region is the KL divergence of the answers when it alone is in integers.
+
+    Args:
+        probe: The network on an engine and setting.
+        images: Float32 (N, C, H, W), for the sensitivities.
+        assignments: How many mixes to measure; 0 takes the guess.
+        tell: Told the fraction done.
+
+    Returns:
+        None where all regions in float are the fastest: that is no mix.
+
+    Raises:
+        EngineError: The engine does not run one of the files.
+    """
+    latency = probe.guess()
+    losses = _losses(probe, images)
+    found = _front(probe, latency, losses)
+    if assignments and found and found[0].ratio < _WORTH:
+        drawn = probe.draw(assignments, probe.seed)
+        times = probe.time(drawn, latency.base_ms, tell)
+        found = _front(probe, fit_region_latency(latency, drawn, times), losses)
+    return found
+
+
+def _losses(probe: RegionProbe, images: Sequence[Tensor]) -> dict[str, float]:
+    scheme = probe.recipe.scheme
+    row = KL(activations=_of_activations(scheme.activations))
+    with torch.no_grad():
+        scores = row.score(
+            probe.folded, [(batch, None) for batch in images], probe.regions, (scheme.weights,)
+        )
+    return {name: values[0] for name, values in scores.losses.items()}
+
+
+def _of_activations(spec: QuantSpec) -> QuantSpec:
+    return spec.model_copy(update={"granularity": "tensor"})
+
+
+def problem_of(latency: RegionLatency, losses: dict[str, float]) -> Problem:
+    """Return the choice between integers and float for each region, with its time and its loss."""
+    regions = tuple(
+        Region(
+            name,
+            (Option(INTEGERS, losses[name], {"ms": 0.0}), Option(FLOAT, 0.0, {"ms": more_ms})),
+        )
+        for name, more_ms in zip(latency.regions, latency.float_ms, strict=True)
+    )
+    boundaries = tuple(
+        Boundary(
+            latency.regions[first],
+            latency.regions[second],
+            {(INTEGERS, FLOAT): {"ms": ms}, (FLOAT, INTEGERS): {"ms": ms}},
+        )
+        for (first, second), ms in zip(latency.boundaries, latency.boundary_ms, strict=True)
+    )
+    return Problem(regions, boundaries, base_costs={"ms": latency.base_ms})
+
+
+def _front(probe: RegionProbe, latency: RegionLatency, losses: dict[str, float]) -> tuple[Mix, ...]:
+    found = []
+    for point in front(problem_of(latency, losses), "ms", points=_POINTS).points:
+        in_float = [point.options[name] == FLOAT for name in latency.regions]
+        if all(in_float):
+            continue
+        names = tuple(n for n, left in zip(latency.regions, in_float, strict=True) if left)
+        ms = point.costs["ms"]
+        ratio = ms / latency.base_ms
+        found.append(Mix(regions=names, keep_float=probe.kept(in_float), ms=ms, loss=point.loss, ratio=ratio))
+    return tuple(found)
