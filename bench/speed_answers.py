@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewbit.engines.saturation import saturating_engines
 from fewbit.engines.session import EngineName, FloatPrecision, Setting
 from fewbit.export.onnx_out import export_onnx
+from fewbit.measure.host import describe_host
 from fewbit.place.targets import target
 from fewbit.recipe import Context, read_recipe, run_recipe
 from fewbit.spec import Scheme
@@ -72,7 +74,7 @@ def make_file(network: Network, recipe: str, engine: EngineName, folder: Path, s
         def batches() -> Iterator[Tensor]:
             return iter(torch.split(torch.from_numpy(network.images), _BATCH))
 
-        context = Context(Scheme(), target(engine), batches, seed)
-        made, _ = run_recipe(read_recipe(recipe), network.net, context)
-        export_onnx(made, path, target(engine))
+        aim = target(engine, engine not in saturating_engines((engine,), describe_host().saturates_u8s8))
+        made, _ = run_recipe(read_recipe(recipe), network.net, Context(Scheme(), aim, batches, seed))
+        export_onnx(made, path, aim)
     return path

@@ -114,3 +114,19 @@ def test_engines_tell_how_they_add(fewbit: Fewbit, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(ISA_LIMIT, "AVX2")
     rows = {row["engine"]: row["sums"] for row in json.loads(fewbit("engines", "--json").out)["engines"]}
     assert rows == {"onnxruntime": "exact", "openvino": "saturating"}
+
+
+@pytest.mark.parametrize("recipe", ["int8-weights-only", "float32"])
+def test_files_that_every_processor_computes_alike_are_of_no_class(
+    recipe: str, fewbit: Fewbit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_card(tmp_path)
+    make_images(tmp_path / "images", images=40)
+    card, out = tmp_path / "tiny.toml", tmp_path / "net.onnx"
+    said = fewbit(
+        *("quantize", card, "--data", tmp_path / "images", "--out", out, "--recipe", recipe),
+        *("--engine", "openvino", "--sums", "saturating", "--calibration-images", 20),
+    )
+    assert "7 bits" not in said.out
+    monkeypatch.setenv(ISA_LIMIT, "AVX2")
+    assert fewbit("bench", out, "--engine", "openvino", "--rounds", 3).err == ""

@@ -49,5 +49,6 @@ def test_pixels_give_the_logits_of_preprocessed_images(
             Predictions.from_logits(values, images.targets)
             for values in (logits, before.logits(images.batches(20)))
         )
-    drop = compare(other, found).interval()
-    assert drop.low <= 0.0, "no worse than with the image rounded to a grid of its own"
+    versus = compare(other, found)
+    assert versus.interval().low <= 0.0, "no worse than with the image rounded to a grid of its own"
+    assert versus.flips <= 0.15

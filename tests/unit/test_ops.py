@@ -35,6 +35,8 @@ CASES: list[tuple[nn.Module, tuple[Tensor, ...], Tensor]] = [
     (ops.Mean([2, 3], False), (A,), A.mean((2, 3))),
     (ops.Reshape((-1, 90)), (A,), A.flatten(1)),
     (ops.Permute((0, 2, 3, 1)), (A,), A.permute(0, 2, 3, 1)),
+    (ops.Frame((1, 0, 2, 3), torch.full((3,), 1.5)), (A,), F.pad(A, (0, 3, 1, 2), value=1.5)),
+    (ops.Pixels(-2 * STEPS, STEPS), (A,), (A + 2 * STEPS.reshape(-1, 1, 1)) * 85 / STEPS.reshape(-1, 1, 1)),
     (ops.Pad([(0, 0), (1, 0), (2, 3), (0, 4)], 1.5), (A,), F.pad(A, (0, 4, 2, 3, 1, 0), value=1.5)),
     (ops.Slice({3: (1, None, 2), 1: (0, 2, 1)}), (A,), A[:, 0:2, :, 1::2]),
     (ops.Upsample((2, 3)), (A,), F.interpolate(A, scale_factor=(2, 3), mode="nearest")),

@@ -12,6 +12,7 @@ import click
 
 from fewbit.cli.options import card_options, find_card, json_option, print_json, take_card_facts
 from fewbit.cli.progress import step_progress
+from fewbit.spec import ImageInput
 
 
 @click.command()
@@ -32,9 +33,8 @@ from fewbit.cli.progress import step_progress
     "--input",
     "takes",
     type=click.Choice(["float32", "uint8"]),
-    default="float32",
-    show_default=True,
-    help="What the file takes: preprocessed images (N, C, H, W), or the pixels themselves (N, H, W, C).",
+    help="What the file takes: preprocessed images (N, C, H, W), or the pixels themselves (N, H, W, C). "
+    "Else float32, or uint8 where the recipe has the step fold_input.",
 )
 @click.option(
     "--sums",
@@ -50,7 +50,7 @@ from fewbit.cli.progress import step_progress
 @json_option
 def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, **options: Any) -> int:
     """Quantize a network by a recipe and write the file that an engine runs."""
-    from fewbit.export.facts import describe_export
+    from fewbit.export.facts import describe_export, sums_of
     from fewbit.export.onnx_out import export_onnx
     from fewbit.load.capture import load
     from fewbit.place.targets import target
@@ -58,7 +58,8 @@ def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, 
 
     given = find_card(card, take_card_facts(options))
     chosen, exact = read_recipe(recipe), _sums_exactly(engine, options.pop("sums"))
-    aim, takes = target(engine, exact), options.pop("takes")
+    aim = target(engine, exact)
+    takes: ImageInput = options.pop("takes") or ("uint8" if chosen.folds_input else "float32")
     if takes == "uint8":
         chosen = chosen.with_pixels()
     source = options.pop("calibration") or data
@@ -75,7 +76,8 @@ def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, 
     with images or nullcontext(), _partial(out) as scratch, progress as tell:
         context = image_context(images, engine, options["seed"], tell, scratch, exact)
         made, reports = run_recipe(chosen, net, context)
-        facts = describe_export(given, chosen, engine, images, exact)
+        sums = sums_of(made, exact)
+        facts = describe_export(given, chosen, engine, images, sums)
         export_onnx(made, out, aim if chosen.places else None, facts, takes)
     answer = {
         "network": given.network.name,
@@ -93,7 +95,7 @@ def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, 
         click.echo(
             f"{report.step:<14} {report.seconds:6.2f} s  {report.changed} changed  {'; '.join(report.notes)}"
         )
-    if chosen.places and not exact:
+    if sums == "saturating":
         click.echo("weights have 7 bits at most, for processors that add products of u8 and s8 in 16 bits")
     if images is not None:
         click.echo(f"calibrated on {len(images.names)} images; evaluate it on others")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import fx
 
 from fewbit import ops
 from fewbit.export.emit import Emitter
+from fewbit.export.frame import frame
 from fewbit.export.qdq import grid_constants
 from fewbit.net import Layer
 from fewbit.place.quantizer import PixelQuantizer
@@ -70,7 +70,8 @@ class PixelWay:
         assert isinstance(source, fx.Node)
         before = self._ways[source][1]
         if isinstance(module, ops.Frame):
-            return _Way(self._framed(layer, module, before), before.coded)
+            dtype = np.uint8 if before.coded else np.float32
+            return _Way(frame(e, layer, before.value, self.channels_last, dtype), before.coded)
         if before.coded:
             return _Way(before.value, coded=True, quantizer=layer)
         assert isinstance(module, PixelQuantizer)
@@ -94,32 +95,3 @@ class PixelWay:
         if not self.channels_last:
             return value
         return e.add("Transpose", f"{name}:channels_first", [value], perm=_CHANNELS_FIRST)
-
-    def _framed(self, layer: Layer, frame: ops.Frame, before: _Way) -> ir.Value:
-        """Join the frame to a tensor, side by side: two copies of uint8, and no kernel that pads."""
-        e, name = self.emitter, layer.name
-        channels, rows, columns = e.size_of_input(layer)[1:]
-        top, left, bottom, right = frame.pads
-        values = frame.values.numpy().reshape((1, 1, 1, -1) if self.channels_last else (1, -1, 1, 1))
-        colour = e.constant(f"{name}.values", values, np.uint8 if before.coded else np.float32)
-        images = e.add("Shape", f"{name}.images", [before.value], start=0, end=1)
-
-        def strip(side: str, size: Sequence[int]) -> ir.Value:
-            height, width = size
-            shape = [height, width, channels] if self.channels_last else [channels, height, width]
-            sizes = e.constant(f"{name}.{side}.size", shape, np.int64)
-            whole = e.add("Concat", f"{name}.{side}.shape", [images, sizes], axis=0)
-            return e.add("Expand", f"{name}.{side}", [colour, whole])
-
-        def joined(axis: int, ends: Sequence[tuple[str, int]], x: ir.Value, size: Sequence[int]) -> ir.Value:
-            made = []
-            for side, wide in ends:
-                shape = list(size)
-                shape[axis] = wide
-                made.append(strip(side, shape) if wide else None)
-            parts = [part for part in (made[0], x, made[1]) if part is not None]
-            place = axis + (1 if self.channels_last else 2)
-            return x if len(parts) == 1 else e.add("Concat", f"{name}.{axis}", parts, axis=place)
-
-        value = joined(0, (("top", top), ("bottom", bottom)), before.value, (rows, columns))
-        return joined(1, (("left", left), ("right", right)), value, (top + rows + bottom, columns))

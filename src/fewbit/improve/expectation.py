@@ -140,6 +140,8 @@ def _moments(
         return _of_sums(module, read[0])
     if isinstance(module, Quantizer | DynamicQuantizer) or layer.kind in _SAME:
         return read[0]
+    if isinstance(module, ops.Affine):
+        return _shifted(module, read[0])
     if layer.kind in _SAME_MEAN:
         keeps = not isinstance(module, ops.Mean) or set(module.dims) <= {2, 3}
         return Moments(read[0].mean) if keeps else None
@@ -159,6 +161,19 @@ def _moments(
     if variances and isinstance(module, ops.Clip):
         return clipped(read[0], module.low, module.high)
     return None
+
+
+def _shifted(module: ops.Affine, read: Moments) -> Moments | None:
+    """Return the moments of channels that are scaled and shifted, each by a number of its own."""
+    factors = []
+    for value, none in ((module.scale, 1.0), (module.shift, 0.0)):
+        found = torch.tensor([none]) if value is None else value.detach().flatten()
+        if found.numel() not in (1, len(read.mean)):
+            return None
+        factors.append(found.double())
+    scale, shift = factors
+    variance = None if read.variance is None else read.variance * scale.square()
+    return Moments(read.mean * scale + shift, variance)
 
 
 def _moved(module: ops.Pad | ops.Slice, read: Moments) -> Moments:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewbit.engines.session import Setting
-from fewbit.errors import EngineError
-from fewbit.files import write_text
 from fewbit.spec import Frozen
 
 Floats = NDArray[np.float64]
@@ -71,29 +67,6 @@ class RegionLatency(Frozen):
         design = _design(np.asarray(in_float, bool), self.boundaries)
         found: Floats = self.base_ms + design @ np.array([*self.float_ms, *self.boundary_ms])
         return found
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON, in one step.
-
-        Raises:
-            OutputError: The file cannot be written.
-        """
-        write_text(path, self.model_dump_json(indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read it back.
-
-        Raises:
-            EngineError: It is missing or damaged.
-        """
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as reason:
-            raise EngineError(
-                f"{path}: holds no latencies of regions ({' '.join(str(reason).split())[:120]}); "
-                "measure again"
-            ) from reason
 
 
 def fit_region_latency(prior: RegionLatency, in_float: ArrayLike, measured_ms: ArrayLike) -> RegionLatency:

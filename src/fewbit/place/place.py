@@ -24,7 +24,7 @@ from fewbit.spec import QuantSpec, Rule, Scheme
 from fewbit.step import Context, Step, StepReport
 
 MATRIX = ("Conv", "Linear")
-_FITTING_BITS = 7  # 2 x 255 x 63 fits 16 bits, 2 x 255 x 127 does not
+FITTING_BITS = 7  # 2 x 255 x 63 fits 16 bits, 2 x 255 x 127 does not
 
 
 class Place(Step):
@@ -68,7 +68,7 @@ class _Plan:
         self.layers = {layer.node: layer for layer in net.layers()}
         self.matrices = [layer.name for layer in self.layers.values() if layer.kind in MATRIX]
         self.names = {layer.name for layer in self.layers.values()}
-        self.depthwise = {layer.name for layer in self.layers.values() if _is_depthwise(layer)}
+        self.depthwise = {layer.name for layer in self.layers.values() if is_depthwise(layer.module)}
         self._check_rules()
         self.integer = {
             name for name in self.matrices if not (rule := self.rule(name)) or not rule.keep_float
@@ -106,7 +106,7 @@ class _Plan:
         spec = rule.weights if rule is not None and rule.weights is not None else self.scheme.weights
         if self.target.exact_sums or name in self.depthwise or self.scheme.mode == "weights_only":
             return spec
-        return spec.model_copy(update={"bits": min(spec.bits, _FITTING_BITS)})
+        return spec.model_copy(update={"bits": min(spec.bits, FITTING_BITS)})
 
     def activation_spec(self, name: str) -> QuantSpec:
         """Return the grid of a layer's output, narrowed to what the Target runs fast."""
@@ -201,8 +201,9 @@ class _Plan:
         return (f"left in float: {', '.join(left)}",) if left else ()
 
 
-def _is_depthwise(layer: Layer) -> bool:
-    return isinstance(layer.module, nn.Conv2d) and layer.module.groups == layer.module.in_channels > 1
+def is_depthwise(module: nn.Module) -> bool:
+    """Tell whether a layer is a depthwise convolution, whose kernels sum no pairs of products."""
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
 
 
 def weight_specs(net: Net, scheme: Scheme, target: Target) -> dict[str, QuantSpec]:

@@ -22,7 +22,8 @@ class FoldInput(Step):
 
     so that they read pixels, whole numbers from 0 to 255 with scale 1 and zero point 0: the image is no
     longer rounded at all, and `fewbit quantize --input uint8` writes a file that takes uint8 pixels
-    (N, H, W, C). A file that takes float32 images (N, C, H, W) begins with the way back, ``p = (x - b) / a``.
+    (N, H, W, C). (A dynamic recipe rounds them to a symmetric grid of each image, so to every other one.) A
+    file that takes float32 images (N, C, H, W) begins with the way back, ``p = (x - b) / a``.
 
     Padding stands for x = 0, which is the pixel -b[c] / a[c], another one in each channel and none that an
     integer kernel can pad with. So it becomes a frame around the image in that colour, rounded to whole
@@ -41,7 +42,8 @@ class FoldInput(Step):
         """Fold in place.
 
         Raises:
-            RecipeError: No card tells the preprocessing, or another layer than a convolution reads the image.
+            RecipeError: No card tells the preprocessing, another layer than a convolution reads the image, or
+            padding stands for no pixel.
         """
         if "pixels" in net.facts:
             return StepReport(step="fold_input", notes=("the preprocessing is folded already",))
@@ -56,11 +58,17 @@ class FoldInput(Step):
         with net.graph.graph.inserting_after(image):
             pixels = add_layer(net.graph, "pixels", ops.Pixels(low, high), image)
         a = (high - low) / _WHITE
-        black = (-low / a).round().clamp(0, _WHITE)
+        black = (-low / a).round()
         framed: dict[tuple[int, int, int, int], fx.Node] = {}
         for node, conv in readers:
             pads = _needed_pads(conv, net.input_size[1:])
             fold_affine(conv, a, low)
+            if any(pads) and not bool(((black >= 0) & (black <= _WHITE)).all()):
+                raise RecipeError(
+                    f"{net.name}: the value 0, with which '{name_of(node)}' pads, is the pixel "
+                    f"{black.tolist()} in each channel, and pixels go from 0 to {_WHITE}; use --input "
+                    "float32, or leave the step fold_input out"
+                )
             if any(pads) and pads not in framed:
                 with net.graph.graph.inserting_after(pixels):
                     framed[pads] = add_layer(net.graph, "frame", ops.Frame(pads, black.float()), pixels)
@@ -79,7 +87,8 @@ def _readers(net: Net, image: fx.Node) -> list[tuple[fx.Node, nn.Conv2d]]:
         if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
             raise RecipeError(
                 f"{net.name}: layer '{name_of(node)}' reads the image and is no convolution with zero "
-                "padding, so the preprocessing cannot be folded; leave the step fold_input out"
+                "padding, so the preprocessing cannot be folded; use --input float32, or leave the step "
+                "fold_input out"
             )
         found.append((node, module))
     return found

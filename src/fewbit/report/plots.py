@@ -414,7 +414,7 @@ def _hover(trials: Sequence[Trial]) -> dict[str, object]:
 
 
 def _fill(trial: Trial) -> str:
-    return {"float32": "-open", "bf16": "-open-dot"}.get(trial.recipe, "")
+    return {"float32": "-open", "bf16": "-open-dot"}.get(trial.recipe.removesuffix("-pixels"), "")
 
 
 def _near(levels: Sequence[float], lines: Sequence[float]) -> tuple[tuple[float, float] | None, int]:

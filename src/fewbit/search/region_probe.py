@@ -18,7 +18,7 @@ from fewbit.engines.session import Setting
 from fewbit.export.onnx_out import export_onnx
 from fewbit.export.sizes import Sizes
 from fewbit.measure.host import describe_host
-from fewbit.measure.region_latency import RegionLatency, fit_region_latency
+from fewbit.measure.region_latency import RegionLatency
 from fewbit.measure.speed import measure_interleaved
 from fewbit.net import Net
 from fewbit.place.regions import regions_of
@@ -72,20 +72,6 @@ class RegionProbe:
         self.regions = regions_of(self.folded, self.target)
         self.boundaries = tuple(self._boundaries())
 
-    def fit(self, assignments: int = 30, tell: Tell | None = None) -> RegionLatency:
-        """Guess with the profiler, measure random assignments, and fit.
-
-        Args:
-            assignments: How many to measure; each takes about two seconds.
-            tell: Told the fraction done.
-
-        Raises:
-            EngineError: The engine does not run one of the files.
-        """
-        chosen = self.draw(assignments, self.seed)
-        guess = self.guess()
-        return fit_region_latency(guess, chosen, self.time(chosen, guess.base_ms, tell))
-
     def draw(self, assignments: int, seed: int) -> Assignments:
         """Return random assignments, from nearly none in float to nearly all: bool (n, regions)."""
         rng = np.random.default_rng(seed)
@@ -134,9 +120,11 @@ class RegionProbe:
                 paths = [base, *(self.file(row) for row in assignments[start : start + _AT_ONCE])]
                 sessions = [process.open(path, self.setting) for path in paths]
                 timings = measure_interleaved(sessions, _ROUNDS, _BLOCK_S, self.seed + start)
-            for path in paths[1:]:
-                path.unlink(missing_ok=True)
-            found += [base_ms / timing.ratio for timing in timings[1:] if timing.ratio]
+            for path in set(paths) - {base}:
+                path.unlink()
+            for timing in timings[1:]:
+                assert timing.ratio is not None
+                found.append(base_ms / timing.ratio)
             if tell is not None:
                 tell(len(found) / len(assignments))
         return np.array(found)
@@ -152,17 +140,20 @@ class RegionProbe:
 
     def recipe_of(self, in_float: NDArray[np.bool_] | Sequence[bool]) -> Recipe:
         """Return the recipe that leaves some regions in float."""
+        return self.recipe.with_float(self.kept(in_float))
+
+    def kept(self, in_float: NDArray[np.bool_] | Sequence[bool]) -> tuple[str, ...]:
+        """Return the layers that rules have to name so that some regions are in float."""
         # An activation follows the layer that it is fused into; one that placing rewrites has no name there.
         fused = {kind for kinds in self.target.fuses.values() for kind in kinds}
         fused |= {"Silu"} if self.target.splits_silu else set()
         kinds = {layer.name: layer.kind for layer in self.folded.layers()}
-        kept = [
+        return tuple(
             name
             for region, left in zip(self.regions, in_float, strict=True)
             for name in region.layers
             if left and kinds[name] not in fused
-        ]
-        return self.recipe.with_float(kept)
+        )
 
     def _context(self) -> Context:
         image = torch.rand((1, *self.net.input_size), generator=torch.Generator().manual_seed(self.seed))

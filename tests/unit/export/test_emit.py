@@ -150,6 +150,11 @@ CASES: dict[str, list[Made]] = {
     "Flatten": [nn.Flatten],
     "Reshape": [lambda: ops.Reshape((-1, 2, 2, 63))],
     "Permute": [lambda: ops.Permute((0, 3, 1, 2))],
+    "Frame": [
+        lambda: ops.Frame((1, 2, 3, 4), torch.arange(4.0)),
+        lambda: ops.Frame((0, 1, 0, 0), torch.ones(4)),
+        lambda: ops.Frame((0, 0, 2, 0), torch.ones(4)),
+    ],
     "Pad": [
         lambda: ops.Pad([(0, 0), (1, 0), (2, 1), (0, 3)], -1.5),
         lambda: ops.Pad([(0, 0), (0, 0), (0, 0), (1, 1)]),

@@ -82,7 +82,7 @@ def test_the_simulation_is_the_exported_file(name: str, engine: str, tmp_path: P
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NAMES)
-def test_engines_stay_within_a_step_and_in_integers(name: str, engine: str, tmp_path: Path) -> None:
+def test_engines_stay_near_and_in_integers(name: str, engine: str, tmp_path: Path) -> None:
     net = made(name, engine)
     _, whole = both_files(net, engine, tmp_path)
     session = OPENERS[engine]().open(whole, Setting(engine=engine, batch=COUNT))

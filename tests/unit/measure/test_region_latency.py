@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewbit.engines.session import Setting
-from fewbit.errors import EngineError
 from fewbit.measure.region_latency import RegionLatency, fit_region_latency
 
 REGIONS = 24
@@ -97,15 +93,3 @@ def test_what_does_not_fit_is_refused() -> None:
         fit_region_latency(truth(), draws(3), [1.0, 2.0])
     with pytest.raises(ValueError, match="one time above 0"):
         fit_region_latency(truth(), draws(2), [1.0, 0.0])
-
-
-def test_it_comes_back_from_its_file(tmp_path: Path) -> None:
-    kept = truth().model_copy(
-        update={"host": "a Xeon", "engine_version": "2026.4", "setting": Setting(engine="openvino", batch=8)}
-    )
-    kept.save(tmp_path / "latency.json")
-    assert RegionLatency.load(tmp_path / "latency.json") == kept
-    (tmp_path / "broken.json").write_text("{")
-    for name in ("broken", "missing"):
-        with pytest.raises(EngineError, match=f"{name}.json: holds no latencies of regions .*measure again"):
-            RegionLatency.load(tmp_path / f"{name}.json")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fewbit import ops
 from fewbit.errors import RecipeError
+from fewbit.improve.expectation import expected_inputs
 from fewbit.load.capture import capture
 from fewbit.net import Net
 from fewbit.place.quantizer import PixelQuantizer, Quantizer
@@ -144,7 +145,7 @@ def test_another_layer_than_a_convolution_reads_the_image() -> None:
     with pytest.raises(
         RecipeError,
         match="net: layer 'pool' reads the image and is no convolution with zero padding, so the "
-        "preprocessing cannot be folded; leave the step fold_input out",
+        "preprocessing cannot be folded; use --input float32, or leave the step fold_input out",
     ):
         folded(Pooled())
 
@@ -169,3 +170,30 @@ def test_folded_twice_is_folded_once() -> None:
     again = copy.with_facts("pixels")
     report = FoldInput()(again, make_context())
     assert report.changed == 0 and report.notes == ("the preprocessing is folded already",)
+
+
+def test_padding_that_stands_for_no_pixel_is_refused() -> None:
+    bright = ((0.5, 0.5, 0.5), (2.5, 2.5, 2.5))
+    with pytest.raises(
+        RecipeError,
+        match=r"net: the value 0, with which 'conv' pads, is the pixel \[-64.0, -64.0, -64.0\] in each "
+        "channel, and pixels go from 0 to 255; use --input float32, or leave the step fold_input out",
+    ):
+        folded(Stem(nn.Conv2d(3, 4, 3, 1, 1)), bright)
+    net, copy = folded(Stem(nn.Conv2d(3, 4, 3)), bright)  # without padding nothing stands for it
+    images = images_of(bright)
+    with torch.no_grad():
+        assert torch.allclose(copy(images), net(images), rtol=1e-4, atol=1e-4)
+
+
+def test_bias_correction_knows_the_mean_of_the_pixels() -> None:
+    net = make_net("residual", image_range=IMAGENET)
+    for step in (Canonical(), FoldInput()):
+        step(net, make_context())
+    plain = make_net("residual", image_range=IMAGENET)
+    found, before = (
+        next(mean for node, mean in expected_inputs(n).items() if str(node.target) == "stem")
+        for n in (net, plain)
+    )
+    low, high = (torch.tensor(end, dtype=torch.float64) for end in IMAGENET)
+    assert torch.allclose(found, (before - low) * 255 / (high - low), rtol=1e-4)

@@ -42,16 +42,21 @@ def test_every_edge_between_regions_is_a_boundary(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_guess_and_fit(engine: EngineName, tmp_path: Path) -> None:
+def test_the_guess_has_all_regions(engine: EngineName, tmp_path: Path) -> None:
     made = probe("residual", engine, tmp_path)
     guess = made.guess()
     assert guess.regions == tuple(region.name for region in made.regions)
     assert guess.base_ms > 0 and all(ms > 0 for ms in guess.boundary_ms)
     assert guess.setting == made.setting and guess.engine_version
-    told: list[float] = []
-    fitted = made.fit(3, told.append)
-    assert fitted.measured == 3 and told[-1] == 1.0
-    assert np.isfinite(fitted.predict(made.draw(5, 1))).all() and fitted.error >= 0
+
+
+def test_more_assignments_than_take_turns_at_once(tmp_path: Path) -> None:
+    made, told = probe("residual", "openvino", tmp_path), list[float]()
+    drawn = made.draw(9, 0)
+    drawn[2] = False  # all in integers, as what all others take turns with
+    times = made.time(drawn, 5.0, told.append)
+    assert times.shape == (9,) and (times > 0).all() and told[-1] == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["residual-0.onnx"]
 
 
 def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
