@@ -29,10 +29,9 @@ from rich.table import Table
 import fewbit
 from fewbit.data.preprocess import normalize
 from fewbit.data.sample import choose_balanced
-from fewbit.engines.saturation import saturating_engines
 from fewbit.engines.session import BlockTime, EngineName, Session
 from fewbit.load.capture import load
-from fewbit.measure.host import describe_host
+from fewbit.measure.host import sums_exactly
 from fewbit.measure.speed import Timing
 from fewbit.registry import find
 
@@ -68,7 +67,7 @@ def build(
     card: fewbit.Card, engine: EngineName, images: fewbit.ImageSet, recipe: str, folder: Path
 ) -> list[Path]:
     """Return the plain file, and the two of the recipe with the preprocessing folded in."""
-    exact = engine not in saturating_engines((engine,), describe_host().saturates_u8s8)
+    exact = sums_exactly(engine)
     net, aim = load(card), fewbit.target(engine, exact)
     chosen = fewbit.read_recipe(recipe)
     context = fewbit.image_context(images, engine, exact_sums=exact)

@@ -24,10 +24,9 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 import fewbit
-from fewbit.engines.saturation import saturating_engines
 from fewbit.engines.session import EngineName, FloatPrecision
 from fewbit.load.capture import load
-from fewbit.measure.host import describe_host
+from fewbit.measure.host import sums_exactly
 from fewbit.measure.region_latency import fit_region_latency
 from fewbit.search.region_probe import RegionProbe
 
@@ -36,7 +35,7 @@ def measure(net: fewbit.Net, setting: fewbit.Setting, fit: int, test: int, seed:
     """Fit and test one network."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        exact = setting.engine not in saturating_engines((setting.engine,), describe_host().saturates_u8s8)
+        exact = sums_exactly(setting.engine)
         probe = RegionProbe(net, setting, Path(folder), seed=seed, exact_sums=exact)
         guess, seen, new = probe.guess(), probe.draw(fit, seed), probe.draw(test, seed + 1)
         fitted = fit_region_latency(guess, seen, probe.time(seen, guess.base_ms))

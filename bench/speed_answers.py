@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewbit.engines.saturation import saturating_engines
 from fewbit.engines.session import EngineName, FloatPrecision, Setting
 from fewbit.export.onnx_out import export_onnx
-from fewbit.measure.host import describe_host
+from fewbit.measure.host import sums_exactly
 from fewbit.place.targets import target
 from fewbit.recipe import Context, read_recipe, run_recipe
 from fewbit.spec import Scheme
@@ -74,7 +73,7 @@ def make_file(network: Network, recipe: str, engine: EngineName, folder: Path, s
         def batches() -> Iterator[Tensor]:
             return iter(torch.split(torch.from_numpy(network.images), _BATCH))
 
-        aim = target(engine, engine not in saturating_engines((engine,), describe_host().saturates_u8s8))
+        aim = target(engine, sums_exactly(engine))
         made, _ = run_recipe(read_recipe(recipe), network.net, Context(Scheme(), aim, batches, seed))
         export_onnx(made, path, aim)
     return path

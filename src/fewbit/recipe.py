@@ -20,7 +20,7 @@ from fewbit.net import Net
 from fewbit.place.targets import target
 from fewbit.prepare.canonical import example_logits, relative_gap
 from fewbit.registry import find
-from fewbit.spec import Frozen, Rule, Scheme
+from fewbit.spec import Frozen, ImageInput, Rule, Scheme
 from fewbit.step import Context, Step, StepReport
 
 __all__ = ["Context", "Recipe", "StepReport", "image_context", "read_recipe", "run_recipe", "shipped_recipes"]
@@ -80,9 +80,10 @@ class Recipe(Frozen):
         return any(step.reads_images(self.scheme) for step in steps)
 
     @property
-    def folds_input(self) -> bool:
-        """It folds the preprocessing into the first layer, so its file can take pixels."""
-        return any(step.get("use") == "fold_input" for step in self.steps)
+    def takes(self) -> ImageInput:
+        """What its file takes: pixels where the preprocessing is folded into the first layer."""
+        folded = any(step.get("use") == "fold_input" for step in self.steps)
+        return "uint8" if folded else "float32"
 
     def with_float(self, layers: Sequence[str]) -> Recipe:
         """Return the same recipe with some layers left in float."""
@@ -98,7 +99,7 @@ class Recipe(Frozen):
         >>> [step["use"] for step in read_recipe("int8").with_pixels().steps]
         ['canonical', 'fold_bn', 'fold_input', 'place', 'calibrate']
         """
-        if self.folds_input:
+        if self.takes == "uint8":
             return self
         folded = [place for place, step in enumerate(self.steps) if step.get("use") in _EXACT_STEPS]
         behind = max(folded, default=-1) + 1

@@ -12,6 +12,7 @@ import click
 
 from fewbit.cli.options import card_options, find_card, json_option, print_json, take_card_facts
 from fewbit.cli.progress import step_progress
+from fewbit.engines.session import EngineName
 from fewbit.spec import ImageInput
 
 
@@ -48,18 +49,20 @@ from fewbit.spec import ImageInput
 @click.option("--strict", is_flag=True, help="A broken image stops the run.")
 @card_options
 @json_option
-def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, **options: Any) -> int:
+def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: EngineName, **options: Any) -> int:
     """Quantize a network by a recipe and write the file that an engine runs."""
     from fewbit.export.facts import describe_export, sums_of
     from fewbit.export.onnx_out import export_onnx
     from fewbit.load.capture import load
+    from fewbit.measure.host import sums_exactly
     from fewbit.place.targets import target
     from fewbit.recipe import image_context, read_recipe, run_recipe
 
     given = find_card(card, take_card_facts(options))
-    chosen, exact = read_recipe(recipe), _sums_exactly(engine, options.pop("sums"))
+    chosen, sums = read_recipe(recipe), options.pop("sums")
+    exact = sums_exactly(engine) if sums == "auto" else sums == "exact"
     aim = target(engine, exact)
-    takes: ImageInput = options.pop("takes") or ("uint8" if chosen.folds_input else "float32")
+    takes: ImageInput = options.pop("takes") or chosen.takes
     if takes == "uint8":
         chosen = chosen.with_pixels()
     source = options.pop("calibration") or data
@@ -76,8 +79,8 @@ def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, 
     with images or nullcontext(), _partial(out) as scratch, progress as tell:
         context = image_context(images, engine, options["seed"], tell, scratch, exact)
         made, reports = run_recipe(chosen, net, context)
-        sums = sums_of(made, exact)
-        facts = describe_export(given, chosen, engine, images, sums)
+        made_for = sums_of(made, exact)
+        facts = describe_export(given, chosen, engine, images, made_for)
         export_onnx(made, out, aim if chosen.places else None, facts, takes)
     answer = {
         "network": given.network.name,
@@ -95,22 +98,12 @@ def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: str, 
         click.echo(
             f"{report.step:<14} {report.seconds:6.2f} s  {report.changed} changed  {'; '.join(report.notes)}"
         )
-    if sums == "saturating":
+    if made_for == "saturating":
         click.echo("weights have 7 bits at most, for processors that add products of u8 and s8 in 16 bits")
     if images is not None:
         click.echo(f"calibrated on {len(images.names)} images; evaluate it on others")
     click.echo(f"{out}: {answer['bytes']:,} bytes, for {engine}")
     return 0
-
-
-def _sums_exactly(engine: str, sums: str) -> bool:
-    """Tell how the processor that a file is for adds products of u8 and s8; ask this one where not told."""
-    from fewbit.engines.saturation import saturating_engines
-    from fewbit.measure.host import describe_host
-
-    if sums != "auto":
-        return sums == "exact"
-    return engine not in saturating_engines((engine,), describe_host().saturates_u8s8)  # type: ignore[arg-type]
 
 
 @contextmanager

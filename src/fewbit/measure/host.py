@@ -117,6 +117,13 @@ def rounding_of(engine: EngineName, host: Host) -> Rounding:
     return engine
 
 
+def sums_exactly(engine: EngineName) -> bool:
+    """Tell whether an engine adds products of u8 and s8 exactly here; it is asked where that is in doubt."""
+    from fewbit.engines.saturation import saturating_engines
+
+    return engine not in saturating_engines((engine,), describe_host().saturates_u8s8)
+
+
 def usable_cores() -> int:
     """Count the cores that this process may use."""
     counts = [os.cpu_count() or 1]

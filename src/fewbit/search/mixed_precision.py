@@ -12,7 +12,7 @@ from fewbit.search.mixed.front import front
 from fewbit.search.mixed.problem import Boundary, Option, Problem, Region
 from fewbit.search.region_probe import RegionProbe, Tell
 from fewbit.sensitivity.kl import KL
-from fewbit.spec import Frozen, QuantSpec
+from fewbit.spec import Frozen
 
 INTEGERS, FLOAT = "int8", "float"
 _WORTH = 0.97
@@ -71,16 +71,11 @@ def mix_precisions(
 
 def _losses(probe: RegionProbe, images: Sequence[Tensor]) -> dict[str, float]:
     scheme = probe.recipe.scheme
-    row = KL(activations=_of_activations(scheme.activations))
+    row = KL(activations=scheme.activations)
+    shown = [(batch, None) for batch in images]
     with torch.no_grad():
-        scores = row.score(
-            probe.folded, [(batch, None) for batch in images], probe.regions, (scheme.weights,)
-        )
+        scores = row.score(probe.folded, shown, probe.regions, (scheme.weights,))
     return {name: values[0] for name, values in scores.losses.items()}
-
-
-def _of_activations(spec: QuantSpec) -> QuantSpec:
-    return spec.model_copy(update={"granularity": "tensor"})
 
 
 def problem_of(latency: RegionLatency, losses: dict[str, float]) -> Problem:

@@ -27,7 +27,6 @@ from fewbit.search.ranking import images_for_ranking, rank_layers
 from fewbit.search.region_probe import RegionProbe
 from fewbit.search.trial import LayerRecord
 from fewbit.sensitivity.sqnr import layer_records
-from fewbit.spec import ImageInput
 from fewbit.step import Context
 from fewbit.version import __version__
 
@@ -150,8 +149,7 @@ class Workbench:
             raise
         path, sums = self.file_of(recipe, engine), sums_of(net, engine not in self.saturating)
         facts = describe_export(self.card, recipe, engine, self.images.calibration, sums)
-        takes: ImageInput = "uint8" if recipe.folds_input else "float32"
-        export_onnx(net, path, target(engine) if recipe.places else None, facts, takes)
+        export_onnx(net, path, target(engine) if recipe.places else None, facts, recipe.takes)
         shutil.rmtree(self._partial, ignore_errors=True)
         return Built(path, recipe, net)
 
