@@ -17,7 +17,11 @@ ratio is shown, says `speed_turns.py`. "of int8 peak" is twice the multiplicatio
 over what large int8 convolutions reach here (`python bench/speed_peak.py`), times threads. "ms by cause" is
 the engine's own profile of the answer, one call at a time on the threads of one stream.
 
-With `--rows` the rows of every case are kept in a file as they come, and a second run measures only the cases
+Fewbit may take a batch in parts: with 32 images at hand it runs 1, 2, 4, 8 or 32 at a time. Its mixes of
+precisions are measured on one thread, for batch 1 and for batch 8.
+
+With `--files` the files are kept in a folder, and a second run makes only those that are missing there. With
+`--rows` the rows of every case are kept in a file as they come, and a second run measures only the cases
 that are missing there; delete a case's lines to measure it anew. `--peers` names the Python that has nncf.
 """
 
@@ -69,28 +73,36 @@ def read_rows(path: Path | None) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-def own_entrants(found: Sequence[Candidate]) -> dict[tuple[str, str], tuple[Candidate, Entrant]]:
-    """Return fewbit's candidates as entrants, by name and setting."""
+def own_entrants(
+    found: Sequence[tuple[Candidate, Sequence[Candidate]]],
+) -> tuple[list[Entrant], dict[tuple[str, str], Candidate]]:
+    """Return fewbit's candidates as entrants, and the candidates by name and setting."""
+    by_name = {}
 
-    def start(candidate: Candidate) -> Opened:
-        return EngineTimed(candidate.path, candidate.setting)
+    def entrant(candidate: Candidate, further: Sequence[Candidate] = ()) -> Entrant:
+        name, how = f"fewbit {candidate.name}", describe(candidate.setting)
+        by_name[name, how] = candidate
+        start = partial(open_candidate, candidate)
+        return Entrant(name, how, candidate.form, True, start, tuple(map(entrant, further)))
 
-    made = {}
-    for one in found:
-        name, how = f"fewbit {one.name}", describe(one.setting)
-        made[name, how] = one, Entrant(name, how, one.form, True, partial(start, one))
-    return made
+    return [entrant(first, further) for first, further in found], by_name
+
+
+def open_candidate(candidate: Candidate) -> Opened:
+    """Open a candidate in a process of its own."""
+    return EngineTimed(candidate.path, candidate.setting)
 
 
 def describe(setting: Setting) -> str:
-    """Say how a file is run, batch and threads left out.
+    """Say how a file is run, threads left out.
 
     Example:
-        >>> describe(Setting(engine="openvino", float_precision="bf16", threads=2, streams=2))
-        'openvino with bf16, 2 streams'
+        >>> describe(Setting(engine="openvino", float_precision="bf16", batch=4, threads=2, streams=2))
+        'openvino with bf16, 2 streams, 4 at a time'
     """
     wide = " with bf16" if setting.float_precision == "bf16" else ""
-    return f"{setting.engine}{wide}, {setting.streams} stream{'s' if setting.streams > 1 else ''}"
+    streams = f"{setting.streams} stream{'s' if setting.streams > 1 else ''}"
+    return f"{setting.engine}{wide}, {streams}, {setting.batch} at a time"
 
 
 def causes_of(candidate: Candidate, ms_per_batch: float) -> dict[str, float]:
@@ -116,16 +128,18 @@ def measure_network(
     only: str,
     peak_gops: float,
     tell: Callable[[str], None],
+    kept: Path | None = None,
 ) -> Iterator[list[Row]]:
     """Yield the rows of each case (batch, threads) of a network; its files are made once."""
     wanted_peers = tuple(only.split(","))
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = Path(name) if kept is None else kept
         files = PeerFiles(network, folder, peers, usable_cores(), pace.seed)
         for batch, threads in wanted:
-            own = own_entrants(candidates(network, folder, batch, threads, pace.seed))
+            tell(f"batch {batch}, {threads} threads: making files")
+            own, by_name = own_entrants(candidates(network, folder, batch, threads, pace.seed))
             others = [e for e in peer_entrants(files, batch, threads) if e.name.startswith(wanted_peers)]
-            standings = measure_case([*others, *(entrant for _, entrant in own.values())], pace, tell)
+            standings = measure_case([*others, *own], pace, tell)
             case = {
                 "network": network.name,
                 "source": network.source,
@@ -139,7 +153,7 @@ def measure_network(
             for row in rows:
                 if row["answer"]:
                     tell("profile of the answer")
-                    chosen, _ = own[row["contender"], row["how"]]
+                    chosen = by_name[row["contender"], row["how"]]
                     row["ms_by_cause"] = causes_of(chosen, row["ms_per_batch_p50"])
             yield rows
 
@@ -175,11 +189,17 @@ def machine_row(rows: Sequence[Row], path: Path | None) -> Row:
 @click.option("--peers", default=sys.executable, help="The Python that has nncf.")
 @click.option("--only", default="", help="Only peers whose names begin so: nncf,torch.compile bf16")
 @click.option("--rows", "rows_path", type=click.Path(path_type=Path), help="Keep every row in this file.")
+@click.option("--files", "files_path", type=click.Path(path_type=Path), help="Keep the files in this folder.")
 @click.option("--all", "everyone", is_flag=True, help="Show every contender too.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the tables.")
 def main(
-    networks: tuple[str, ...], rows_path: Path | None, everyone: bool, as_json: bool, **options: Any
+    networks: tuple[str, ...],
+    rows_path: Path | None,
+    files_path: Path | None,
+    everyone: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure fewbit's answer beside the peers and print the tables."""
     sources = networks or ZOO
@@ -210,9 +230,11 @@ def main(
         def tell(doing: str, name: str = network.name) -> None:
             print(f"{name}: {doing}", file=sys.stderr, flush=True)
 
-        measured = measure_network(
-            network, wanted, pace, options["peers"], options["only"], machine["peak_gops"], tell
-        )
+        kept = None if files_path is None else files_path / f"{network.name}-{pace.seed}"
+        if kept is not None:
+            kept.mkdir(parents=True, exist_ok=True)
+        peers, only, peak = options["peers"], options["only"], machine["peak_gops"]
+        measured = measure_network(network, wanted, pace, peers, only, peak, tell, kept)
         for case in measured:
             found += case
             keep(case, rows_path)

@@ -35,6 +35,11 @@ ZOO = (
     "vgg16",
 )
 SIZE = (3, 224, 224)
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_RANGE = (
+    tuple(-m / s for m, s in zip(_MEAN, _STD, strict=True)),
+    tuple((1 - m) / s for m, s in zip(_MEAN, _STD, strict=True)),
+)
 _ARGUMENTS = {"googlenet": {"aux_logits": False, "init_weights": False}}
 _SETTLING = 2
 _OPERATORS = ("nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor")
@@ -80,6 +85,7 @@ def open_network(source: str, seed: int, images: int) -> Network:
     """
     if source in ZOO:
         net = capture(model_of(source, seed), source, SIZE)
+        net.image_range = _RANGE
         return Network(source, source, net, _random(images, SIZE, seed).numpy())
     card = read_card(source)
     return Network(card.network.name, source, load(card, seed), _images_of(card, images, seed))

@@ -22,7 +22,7 @@ from fewbit.engines.process import EngineProcess
 from fewbit.engines.session import Setting
 from fewbit.errors import EngineError
 from fewbit.load.capture import capture
-from speed_answers import make_file
+from speed_answers import Kind, make_file
 from speed_networks import Network, count_macs
 
 # (channels, side of the image, side of the kernel)
@@ -48,7 +48,7 @@ def measure_peak(shape: tuple[int, int, int], batch: int, calls: int, length: in
     images = np.random.default_rng(0).standard_normal((2, channels, side, side)).astype(np.float32)
     macs = count_macs(net) * batch / length
     with tempfile.TemporaryDirectory() as folder, EngineProcess("openvino") as process:
-        path = make_file(Network("chain", "chain", net, images), "int8", "openvino", Path(folder), 0)
+        path = make_file(Network("chain", "chain", net, images), Kind("int8", "openvino"), Path(folder), 0)
         session = process.open(path, Setting(engine="openvino", batch=batch))
         taken = [o.ms for o in session.profile(calls) if o.matrix and o.precision == "int8"]
     if not taken:

@@ -14,7 +14,7 @@ from calibration import PEERS, has, measure
 from fewbit.engines.session import EngineName, FloatPrecision, Setting
 from fewbit.errors import EngineError
 from fewbit.measure.host import describe_host
-from speed_answers import make_file
+from speed_answers import Kind, make_file
 from speed_networks import Network
 from speed_process import EngineTimed, PeerTimed
 from speed_turns import Entrant, Form, Opened
@@ -42,7 +42,7 @@ class PeerFiles:
 
     def float32(self) -> Path:
         """Return the float file."""
-        return make_file(self.network, "float32", "onnxruntime", self.folder, self.seed)
+        return make_file(self.network, Kind("float32", "onnxruntime"), self.folder, self.seed)
 
     def onnxruntime(self) -> Path:
         """Return the file of ONNX Runtime's quantize_static.

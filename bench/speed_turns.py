@@ -1,6 +1,7 @@
 """One case of `speed.py`: fewbit's candidates and the peers take turns on one network, batch and threads.
 
-1. Fewbit's candidates alone: successive halving leaves the fastest few.
+1. Fewbit's candidates alone: successive halving leaves the fastest few; those and the other ways to run them
+   are halved once more.
 2. Those and every peer, a few rounds: the fastest candidate is the answer, and the peers near the fastest one
    are finalists.
 3. The answer and the finalists in several sittings, for each of which they are opened anew. Within a sitting
@@ -15,6 +16,7 @@ lower the answer's ratio.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from statistics import median
@@ -22,6 +24,7 @@ from typing import Literal, Protocol
 
 from fewbit.engines.session import BlockTime, Setting
 from fewbit.errors import EngineError
+from fewbit.measure.host import usable_cores
 from fewbit.measure.intervals import Interval, median_interval
 from fewbit.measure.speed import Timed, Timing, measure_interleaved, survey
 from fewbit.spec import Frozen
@@ -51,6 +54,7 @@ class Entrant:
         form: What its matrix products compute in.
         own: It is fewbit's.
         open: Starts it; an EngineError says why it cannot take part.
+        further: Other ways to run the same, that take part where it is among the fastest.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Entrant:
     form: Form
     own: bool
     open: Callable[[], Opened]
+    further: tuple[Entrant, ...] = ()
 
 
 class Pace(Frozen):
@@ -138,13 +143,20 @@ def measure_case(
         One Standing an entrant: the answer first, then from the fastest on. Where no own one runs there is
         no answer, and no ratios.
     """
+    everyone = dict(enumerate(entrants))
     found: dict[int, Standing] = {}
     with ExitStack() as stack:
-        runners = _open_all(dict(enumerate(entrants)), stack, found, tell)
+
+        def open_further(entrant: Entrant) -> list[_Runner]:
+            places = {len(everyone) + at: further for at, further in enumerate(entrant.further)}
+            everyone.update(places)
+            return _open_all(places, stack, found, tell)
+
+        runners = _open_all(everyone, stack, found, tell)
         tell("first rounds")
-        answer, near = _Stages(runners, pace, found).run()
+        answer, near = _Stages(runners, pace, found, open_further).run()
     if answer is not None:
-        chosen = {place: entrants[place] for place in (answer, *near)}
+        chosen = {place: everyone[place] for place in (answer, *near)}
         _Sittings(chosen, answer, pace, found).run(tell)
     return sorted(found.values(), key=lambda s: (not s.answer, -_speed(s)))
 
@@ -155,18 +167,22 @@ def _open_all(
     found: dict[int, Standing],
     tell: Callable[[str], None],
 ) -> list[_Runner]:
-    """Open entrants by place until the stack closes; those that fail are found to have."""
-    runners = []
-    for place, entrant in entrants.items():
-        tell(f"opening {entrant.name}, {entrant.how}")
+    """Open entrants by place until the stack closes, a few at once; those that fail are found to have."""
+
+    def start(place: int, entrant: Entrant) -> _Runner | Standing:
         try:
             runner = _Runner(place, entrant, entrant.open())
         except EngineError as error:
-            found[place] = Standing(entrant, failed=str(error))
-            continue
+            return Standing(entrant, failed=str(error))
         stack.callback(runner.opened.close)
-        runners.append(runner)
-    return runners
+        return runner
+
+    for entrant in entrants.values():
+        tell(f"opening {entrant.name}, {entrant.how}")
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        started = dict(zip(entrants, pool.map(start, entrants, entrants.values()), strict=True))
+    found.update({place: one for place, one in started.items() if isinstance(one, Standing)})
+    return [one for one in started.values() if isinstance(one, _Runner)]
 
 
 def _time(
@@ -198,8 +214,14 @@ def _speed(standing: Standing) -> float:
 class _Stages:
     """The first two stages of a case."""
 
-    def __init__(self, runners: list[_Runner], pace: Pace, found: dict[int, Standing]) -> None:
-        self.pace, self.found = pace, found
+    def __init__(
+        self,
+        runners: list[_Runner],
+        pace: Pace,
+        found: dict[int, Standing],
+        open_further: Callable[[Entrant], list[_Runner]],
+    ) -> None:
+        self.pace, self.found, self.open_further = pace, found, open_further
         self.own = [runner for runner in runners if runner.entrant.own]
         self.peers = [runner for runner in runners if not runner.entrant.own]
 
@@ -218,7 +240,12 @@ class _Stages:
         return max(own, key=lambda place: speeds[place], default=None), near[:_FINALISTS]
 
     def _choose(self) -> None:
-        """Drop all but the fastest of fewbit's candidates."""
+        """Drop all but the fastest of fewbit's candidates, then of these and their further ways."""
+        self._halve()
+        self.own += [further for runner in tuple(self.own) for further in self.open_further(runner.entrant)]
+        self._halve()
+
+    def _halve(self) -> None:
         if len(self.own) <= _CANDIDATES:
             return
         ranked = survey(

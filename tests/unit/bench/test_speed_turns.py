@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -143,6 +143,27 @@ def test_of_many_candidates_the_fastest_are_kept_and_the_others_closed_at_once(e
     assert found["fewbit broken"].failed.startswith("made: crashed") and not found["fewbit broken"].dropped
     assert found["fewbit 40"].timing is not None and found["fewbit 10"].timing is None
     assert found["peer"].ratio == pytest.approx(2.0)
+
+
+def test_further_ways_of_the_fastest_candidates_take_part(entered: Field) -> None:
+    for speed in (10, 40, 20, 30):
+        entered.add(f"fewbit {speed}", Made(speed))
+    further = {speed: (Made(speed + 15), Made(speed - 5)) for speed in (10, 40)}
+    entered.entrants = [
+        replace(
+            entrant,
+            further=tuple(
+                Entrant(f"{entrant.name} {way}", "1 stream", "int8", True, made.open)
+                for way, made in enumerate(further.get(int(entrant.name.split()[1]), ()))
+            ),
+        )
+        for entrant in entered.entrants
+    ]
+    entered.add("peer", Made(50))
+    found = entered.measure()
+    assert found["fewbit 40 0"].answer and found["peer"].ratio == pytest.approx(1.1)
+    assert "fewbit 40 1" in found and "fewbit 10 0" not in found  # 10 was dropped: its ways were never opened
+    assert further[10][0].opened == 0 and all(made.closed == made.opened for made in further[40])
 
 
 def test_without_an_own_one_that_runs_there_is_no_answer(entered: Field) -> None:
