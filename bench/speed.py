@@ -40,11 +40,11 @@ import click
 from rich.console import Console
 
 from fewbit.cli.options import COUNT, Numbers
+from fewbit.engines.causes import read_parts, sum_by_cause
 from fewbit.engines.session import Setting
 from fewbit.errors import EngineError, FewbitError
 from fewbit.measure.host import describe_host, usable_cores, versions
 from speed_answers import Candidate, candidates
-from speed_causes import read_parts, sum_by_cause
 from speed_networks import ZOO, Network, import_torchvision, open_network
 from speed_peak import find_peak
 from speed_peers import PeerFiles, peer_entrants

@@ -11,8 +11,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from fewbit.engines.causes import CAUSES
 from fewbit.measure.intervals import Interval, z_value
-from speed_causes import CAUSES
 from speed_turns import Standing
 
 Row = dict[str, Any]

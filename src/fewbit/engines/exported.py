@@ -17,8 +17,8 @@ from fewbit.errors import EngineError
 
 MATRIX = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _INTEGER_MATRIX = frozenset({"ConvInteger", "MatMulInteger"})
-_QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear"})
-_PASSED = _QUANTIZING | {"Constant"}
+QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear"})
+PASSED = QUANTIZING | {"Constant"}
 _ACTIVATIONS = frozenset({"Relu", "Clip"})
 # What ONNX Runtime fuses into a float convolution, which then has the activation's name.
 _FUSED_BEHIND = _ACTIVATIONS | {"Sigmoid", "HardSigmoid", "Tanh", "LeakyRelu"}
@@ -43,6 +43,32 @@ class ExportedGraph:
             for value in node.input:
                 self._readers.setdefault(value, []).append(name)
         self._results = {value.name for value in graph.output}
+
+    def maker(self, value: str) -> str | None:
+        """Return the node that makes a value, none for an input or a constant."""
+        return self._maker.get(value)
+
+    def followers(self, name: str) -> list[str]:
+        """Return the nodes that read what a node makes."""
+        return [reader for value in self.nodes[name].output for reader in self._readers.get(value, [])]
+
+    def is_quantized(self, value: str) -> bool:
+        """Say whether a value comes out of a DequantizeLinear."""
+        maker = self._maker.get(value)
+        return maker is not None and self.nodes[maker].op_type == "DequantizeLinear"
+
+    def zero_point(self, value: str) -> NDArray[np.generic] | None:
+        """Return the zero point of the codes that a value comes from, none where there is none."""
+        if not self.is_quantized(value):
+            return None
+        inputs = self.nodes[self._maker[value]].input
+        return self._constant(inputs[2]) if len(inputs) > 2 else None
+
+    def shape(self, value: str) -> tuple[int, ...]:
+        """Return the shape of the constant that a value is made of; empty where there is none."""
+        while value not in self._constants and value in self._maker:
+            value = self.nodes[self._maker[value]].input[0]
+        return tuple(self._constants[value].dims) if value in self._constants else ()
 
     def find(self, token: str) -> str | None:
         """Return the node that an engine's name for a node or value comes from, none where unknown."""
@@ -72,10 +98,10 @@ class ExportedGraph:
         for place, (kind, given) in enumerate(zip(kinds, tokens, strict=True)):
             for found in filter(None, map(self.find, given)):
                 made = self.nodes[found].op_type
-                if made not in _PASSED and (kind not in CONVERTING or made in CONVERTING):
+                if made not in PASSED and (kind not in CONVERTING or made in CONVERTING):
                     owner.setdefault(found, place)
         for name, node in self.nodes.items():
-            if name in owner or node.op_type in _PASSED:
+            if name in owner or node.op_type in PASSED:
                 continue
             matrix = node.op_type in MATRIX
             absorbing = self._owner_behind(name, owner) if matrix else self._owner_before(node, owner)
@@ -86,10 +112,10 @@ class ExportedGraph:
     def only_quantizes(self, tokens: Iterable[str]) -> str:
         """Return "QuantizeLinear" or "DequantizeLinear" where an operator is nothing else, else ""."""
         kinds = {self.nodes[found].op_type for found in map(self.find, tokens) if found is not None}
-        return next(iter(kinds)) if len(kinds) == 1 and kinds <= _QUANTIZING else ""
+        return next(iter(kinds)) if len(kinds) == 1 and kinds <= QUANTIZING else ""
 
     def _owner_behind(self, name: str, owner: dict[str, int]) -> int | None:
-        for follower in self._followers(name):
+        for follower in self.followers(name):
             if self.nodes[follower].op_type in _FUSED_BEHIND and follower in owner:
                 return owner[follower]
         return None
@@ -98,14 +124,11 @@ class ExportedGraph:
         places = []
         for value in node.input:
             maker = self._maker.get(value)
-            while maker is not None and self.nodes[maker].op_type in _QUANTIZING:
+            while maker is not None and self.nodes[maker].op_type in QUANTIZING:
                 maker = self._maker.get(self.nodes[maker].input[0])
             if maker is not None and maker in owner:
                 places.append(owner[maker])
         return max(places, default=None)
-
-    def _followers(self, name: str) -> list[str]:
-        return [reader for value in self.nodes[name].output for reader in self._readers.get(value, [])]
 
     def why_float(self, name: str) -> str:
         """Say what in the file keeps a node from running in integers; an empty text where nothing does."""
@@ -114,7 +137,7 @@ class ExportedGraph:
             return f"the engine has no integer kernel for {node.op_type}"
         if node.op_type not in MATRIX:
             return self._why_other_float(node)
-        values, weights = self._is_quantized(node.input[0]), self._is_quantized(node.input[1])
+        values, weights = self.is_quantized(node.input[0]), self.is_quantized(node.input[1])
         if not values:
             return (
                 "weights only: its input is not quantized"
@@ -123,13 +146,13 @@ class ExportedGraph:
             )
         if not weights:
             return "its weights are not quantized"
-        if len(node.input) > 2 and node.input[2] and not self._is_quantized(node.input[2]):
+        if len(node.input) > 2 and node.input[2] and not self.is_quantized(node.input[2]):
             return "its bias is float"
         return self._why_not_requantized(name)
 
     def _why_other_float(self, node: NodeProto) -> str:
         read = [value for value in node.input if value and value not in self._constants]
-        loose = [value for value in read if not self._is_quantized(value)]
+        loose = [value for value in read if not self.is_quantized(value)]
         if loose:
             return (
                 "its input is not quantized"
@@ -143,11 +166,11 @@ class ExportedGraph:
     def _why_not_requantized(self, name: str) -> str:
         """Follow the output of a convolution with quantized input and weights through its activation."""
         node, activation = self.nodes[name], ""
-        readers = self._followers(name)
+        readers = self.followers(name)
         if len(readers) == 1 and self.nodes[readers[0]].op_type in _ACTIVATIONS:
             node = self.nodes[readers[0]]
             activation = node.op_type
-            readers = self._followers(readers[0])
+            readers = self.followers(readers[0])
         kinds = [self.nodes[reader].op_type for reader in readers]
         behind = f" and its {activation}" if activation else ""
         if "QuantizeLinear" not in kinds:
@@ -177,10 +200,6 @@ class ExportedGraph:
                 f"above the Clip's {float(limit.flat[0]):.6g}"
             )
         return ""
-
-    def _is_quantized(self, value: str) -> bool:
-        maker = self._maker.get(value)
-        return maker is not None and self.nodes[maker].op_type == "DequantizeLinear"
 
     def _quantized_by(self, value: str) -> bool:
         return any(self.nodes[r].op_type == "QuantizeLinear" for r in self._readers.get(value, []))

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from fewbit.engines.calls import Calls
-from fewbit.engines.profile import WARM_CALLS, OperatorTime, Taken, join_times
+from fewbit.engines.profile import WARM_CALLS, Flow, OperatorTime, Taken, join_times
 from fewbit.engines.session import CONVERTING, Images, PlacedOperator, Placement, Setting
 from fewbit.errors import EngineError
 from fewbit.spec import ImageInput
@@ -131,21 +131,15 @@ class OnnxRuntimeSession:
         with tempfile.TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             self._create(optimized)
-            return Placement(engine="onnxruntime", operators=self._placed(optimized))
+            return Placement(engine="onnxruntime", operators=self._placed(*_working(optimized)))
 
-    def _placed(self, optimized: Path) -> tuple[PlacedOperator, ...]:
-        import onnx
-
+    def _placed(self, nodes: Sequence[Any], types: Sequence[tuple[str, str]]) -> tuple[PlacedOperator, ...]:
         from fewbit.engines.exported import ExportedGraph
 
         exported = ExportedGraph(self.path)
-        graph = onnx.load(optimized, load_external_data=False).graph
-        constants = {c.name for c in graph.initializer}
-        # A dequantizer of weights is part of the operator that reads them.
-        nodes = [n for n in graph.node if n.op_type != "DequantizeLinear" or n.input[0] not in constants]
         owned = exported.owners([n.op_type for n in nodes], [(n.name, *n.output) for n in nodes])
         operators = []
-        for node, layers, precision in zip(nodes, owned, _precisions(nodes, graph), strict=True):
+        for node, layers, (precision, _) in zip(nodes, owned, types, strict=True):
             floats = precision != "int8" and node.op_type not in CONVERTING
             reasons = [exported.why_float(layer) for layer in layers] if floats else []
             operators.append(
@@ -172,8 +166,27 @@ class OnnxRuntimeSession:
             for _ in range(WARM_CALLS + calls):
                 self._call(session, images)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-            placed = self._placed(optimized)
-        return join_times(placed, _taken(events, {o.name for o in placed if o.name}, calls))
+            nodes, types = _working(optimized)
+        placed = self._placed(nodes, types)
+        taken = _taken(events, {o.name for o in placed if o.name}, calls)
+        return join_times(placed, taken, _flows(nodes, types))
+
+
+def _working(optimized: Path) -> tuple[list[Any], list[tuple[str, str]]]:
+    """Return the nodes of an optimized graph, with what each runs in and the type that it makes."""
+    import onnx
+
+    graph = onnx.load(optimized, load_external_data=False).graph
+    constants = {c.name for c in graph.initializer}
+    # A dequantizer of weights is part of the operator that reads them.
+    nodes = [n for n in graph.node if n.op_type != "DequantizeLinear" or n.input[0] not in constants]
+    return nodes, list(_precisions(nodes, graph))
+
+
+def _flows(nodes: Sequence[Any], types: Sequence[tuple[str, str]]) -> Iterator[Flow]:
+    maker = {value: place for place, node in enumerate(nodes) for value in node.output}
+    for node, (_, made) in zip(nodes, types, strict=True):
+        yield Flow(sources=tuple(dict.fromkeys(maker[v] for v in node.input if v in maker)), makes=made)
 
 
 def _taken(events: Sequence[Any], names: set[str], calls: int) -> Iterator[Taken]:
@@ -191,14 +204,18 @@ def _taken(events: Sequence[Any], names: set[str], calls: int) -> Iterator[Taken
         )
 
 
-def _precisions(nodes: Sequence[Any], graph: Any) -> Iterator[str]:
-    """Follow the types from the inputs through the graph; an operator runs in the type of its first input."""
+def _precisions(nodes: Sequence[Any], graph: Any) -> Iterator[tuple[str, str]]:
+    """Follow the types from the inputs through the graph: what each operator runs in, and what it makes.
+
+    An operator runs in the type of its first input.
+    """
     types = {value.name: _TYPES.get(value.type.tensor_type.elem_type, "float32") for value in graph.input}
     types |= {c.name: _TYPES.get(c.data_type, "float32") for c in graph.initializer}
     for node in nodes:
         read = next((types[value] for value in node.input if value in types), "float32")
-        yield "int8" if node.op_type == "DynamicQuantizeMatMul" else _data_type(node, types) or read
+        precision = "int8" if node.op_type == "DynamicQuantizeMatMul" else _data_type(node, types) or read
         made = _made_type(node, read)
+        yield precision, made
         types.update(dict.fromkeys(node.output, made))
 
 

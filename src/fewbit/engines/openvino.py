@@ -6,19 +6,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fewbit.engines.calls import Calls
-from fewbit.engines.profile import WARM_CALLS, OperatorTime, Taken, join_times
+from fewbit.engines.profile import WARM_CALLS, Flow, OperatorTime, Taken, join_times
 from fewbit.engines.session import Images, PlacedOperator, Placement, Setting
 from fewbit.errors import EngineError
 from fewbit.spec import ImageInput
 
 _HINTS = {"float32": "f32", "bf16": "bf16"}
+_FLOATS = {hint: precision for precision, hint in _HINTS.items()}
 _PRECISIONS = {"f32": "float32", "f16": "float16", "i8": "int8", "u8": "int8", "i32": "int32", "i64": "int64"}
+# What an operator makes is told apart by sign too: kernels are chosen by it.
+_MADE = {"u8": "uint8", "i8": "int8"}
 _MATRIX = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
 _NOT_WORK = frozenset({"Const", "Input", "Output", "Parameter", "Result"})
 
@@ -129,27 +132,17 @@ class OpenVinoSession:
 
     def placement(self) -> Placement:
         """Read the graph that runs: kernels and precisions as OpenVINO reports them."""
-        return Placement(engine="openvino", operators=self._placed(self._compiled))
+        return Placement(engine="openvino", operators=self._placed(_working(self._compiled)))
 
-    def _placed(self, compiled: Any) -> tuple[PlacedOperator, ...]:
+    def _placed(self, nodes: Sequence[_Node]) -> tuple[PlacedOperator, ...]:
         from fewbit.engines.exported import ExportedGraph
 
         exported = ExportedGraph(self.path)
-        nodes, facts, constant = [], [], set[str]()
-        for node in compiled.get_runtime_model().get_ordered_ops():
-            told = {key: value.value for key, value in node.rt_info.items()}
-            makers = [value.get_node().get_friendly_name() for value in node.input_values()]
-            # What depends on constants alone runs once, when the file is opened.
-            if told["layerType"] == "Const" or (makers and constant.issuperset(makers)):
-                constant.add(node.get_friendly_name())
-            elif told["layerType"] not in _NOT_WORK:
-                nodes.append(node.get_friendly_name())
-                facts.append(told)
-        names = [[n for n in told["originalLayersNames"].split(",") if n] for told in facts]
-        owned = exported.owners([told["layerType"] for told in facts], names)
+        names = [[n for n in node.told["originalLayersNames"].split(",") if n] for node in nodes]
+        owned = exported.owners([node.told["layerType"] for node in nodes], names)
         return tuple(
-            _operator(name, told, layers, exported, tokens)
-            for name, told, layers, tokens in zip(nodes, facts, owned, names, strict=True)
+            _operator(node.name, node.told, layers, exported, tokens)
+            for node, layers, tokens in zip(nodes, owned, names, strict=True)
         )
 
     def profile(self, images: Images, calls: int) -> tuple[OperatorTime, ...]:
@@ -166,7 +159,42 @@ class OpenVinoSession:
             for _ in range(count):
                 self._call(request, images)
             told.append(request.profiling_info)
-        return join_times(self._placed(compiled), _taken(told[0], told[1], calls))
+        nodes = _working(compiled)
+        return join_times(self._placed(nodes), _taken(told[0], told[1], calls), _flows(nodes))
+
+
+class _Node(NamedTuple):
+    """A node of the graph that runs: its name, what OpenVINO tells of it, the names of what it reads."""
+
+    name: str
+    told: dict[str, str]
+    makers: list[str]
+
+
+def _working(compiled: Any) -> list[_Node]:
+    """Return the nodes that run in each call, in their order."""
+    nodes, constant = list[_Node](), set[str]()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        told = {key: value.value for key, value in node.rt_info.items()}
+        makers = [value.get_node().get_friendly_name() for value in node.input_values()]
+        # What depends on constants alone runs once, when the file is opened.
+        if told["layerType"] == "Const" or (makers and constant.issuperset(makers)):
+            constant.add(node.get_friendly_name())
+        elif told["layerType"] not in _NOT_WORK:
+            nodes.append(_Node(node.get_friendly_name(), told, makers))
+    return nodes
+
+
+def _flows(nodes: Sequence[_Node]) -> Iterator[Flow]:
+    places = {node.name: place for place, node in enumerate(nodes)}
+    for node in nodes:
+        made = node.told["outputPrecisions"].split(",")[0]
+        yield Flow(
+            sources=tuple(dict.fromkeys(places[name] for name in node.makers if name in places)),
+            makes=_MADE.get(made) or _PRECISIONS.get(made, made),
+            layout=node.told["outputLayouts"].split(",")[0],
+            kernel=node.told["primitiveType"],
+        )
 
 
 def _taken(warm: Sequence[Any], whole: Sequence[Any], calls: int) -> Iterator[Taken]:
@@ -186,6 +214,9 @@ def _operator(
     if not layers and not matrix:
         kind = exported.only_quantizes(tokens) or kind
     why = told["primitiveType"]
+    ran = _FLOATS.get(why.rpartition("_")[2])
+    if matrix and precision == "int8" and ran is not None:
+        precision = ran  # its input was codes; a zero point that it cannot take made them floats
     if matrix and precision != "int8":
         reasons = [reason for reason in map(exported.why_float, layers) if reason]
         why = f"{why}: {reasons[0]}" if reasons else why

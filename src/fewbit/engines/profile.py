@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Protocol, runtime_checkable
 
 from fewbit.engines.session import Images, PlacedOperator
@@ -12,15 +13,33 @@ from fewbit.spec import Frozen
 WARM_CALLS = 3
 
 
+class Flow(Frozen):
+    """Where the values of an operator come from, and in which form they leave it.
+
+    Attributes:
+        sources: Places, among the operators of the profile, of those whose results it reads.
+        makes: Type of its first result as the engine tells it: "int8", "uint8", "float32", "bf16", ...
+        layout: Order of the result's axes in memory as the engine writes it ("acdb"), where it tells.
+        kernel: Name of the kernel, where the engine tells.
+    """
+
+    sources: tuple[int, ...] = ()
+    makes: str = ""
+    layout: str = ""
+    kernel: str = ""
+
+
 class OperatorTime(PlacedOperator):
     """One operator of the graph that an engine executes, and what it costs.
 
     Attributes:
         ms: Milliseconds of one call of the file, the mean over the calls profiled; 0 for what the engine does
             without running anything (a Reshape in place).
+        flow: What it reads and makes.
     """
 
     ms: float = 0.0
+    flow: Flow = Flow()
 
 
 class Taken(Frozen):
@@ -57,8 +76,10 @@ class Profiled(Protocol):
         ...
 
 
-def join_times(placed: Iterable[PlacedOperator], taken: Iterable[Taken]) -> tuple[OperatorTime, ...]:
-    """Give the operators of a placement their times.
+def join_times(
+    placed: Iterable[PlacedOperator], taken: Iterable[Taken], flows: Iterable[Flow] = ()
+) -> tuple[OperatorTime, ...]:
+    """Give the operators of a placement their times, and their flows where these are told.
 
     Operators are matched by name; those without one, by their order among the nameless of their kind. What
     the placement leaves out as part of another operator (dequantizers of weights) follows behind under its
@@ -79,13 +100,15 @@ def join_times(placed: Iterable[PlacedOperator], taken: Iterable[Taken]) -> tupl
         else:
             nameless.setdefault(one.kind, []).append(one)
     found = []
-    for operator in placed:
+    for operator, flow in zip_longest(placed, flows):
+        assert operator is not None
         if operator.name:
             match = named.pop(operator.name, None)
         else:
             waiting = nameless.get(operator.kind)
             match = waiting.pop(0) if waiting else None
-        found.append(OperatorTime(**operator.model_dump(), ms=match.ms if match is not None else 0.0))
+        ms = match.ms if match is not None else 0.0
+        found.append(OperatorTime(**operator.model_dump(), ms=ms, flow=flow or Flow()))
     rest = [*named.values(), *(one for waiting in nameless.values() for one in waiting)]
     found += [
         OperatorTime(name=o.name, kind=o.kind, precision=o.precision, ms=o.ms) for o in rest if o.ms > 0

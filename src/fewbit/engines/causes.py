@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import onnx
+from typing import TYPE_CHECKING
 
 from fewbit.engines.profile import OperatorTime
+
+if TYPE_CHECKING:
+    from fewbit.engines.exported import ExportedGraph
 
 CAUSES = (
     "first convolution",
@@ -79,24 +81,21 @@ class Parts:
 
 def read_parts(path: Path) -> Parts:
     """Read what the operators of an exported file are."""
-    graph = onnx.load(path, load_external_data=False).graph
-    dims = {constant.name: tuple(constant.dims) for constant in graph.initializer}
-    maker = {value: node for node in graph.node for value in node.output}
+    from fewbit.engines.exported import ExportedGraph  # onnx takes long to import
 
-    def shape(value: str) -> tuple[int, ...]:
-        while value not in dims and value in maker:
-            value = maker[value].input[0]
-        return dims.get(value, ())
+    return parts_of(ExportedGraph(path))
 
+
+def parts_of(exported: ExportedGraph) -> Parts:
+    """Return what the operators of an exported file are."""
     matrices: dict[str, Matrix] = {}
-    for node in graph.node:
+    for name, node in exported.nodes.items():
         if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-            weight = shape(node.input[1])
+            weight = exported.shape(node.input[1])
             group = next((a.i for a in node.attribute if a.name == "group"), 1)
             kernel = weight[2:] if node.op_type.startswith("Conv") else ()
-            channels = weight[0] if weight else 0
-            matrices[node.name or node.output[0]] = Matrix(kernel, group, channels, not matrices)
-    return Parts({node.name or node.output[0]: node.op_type for node in graph.node}, matrices)
+            matrices[name] = Matrix(kernel, group, weight[0] if weight else 0, not matrices)
+    return Parts({name: node.op_type for name, node in exported.nodes.items()}, matrices)
 
 
 def cause_of(operator: OperatorTime, parts: Parts, started: bool) -> str:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from fewbit.engines.causes import CAUSES, Matrix, Parts, cause_of, read_parts, sum_by_cause
 from fewbit.engines.process import EngineProcess
 from fewbit.engines.profile import OperatorTime
 from fewbit.engines.session import Setting
 from fewbit.export.onnx_out import export_onnx
 from fewbit.place.targets import target
 from networks import quantize
-from speed_causes import CAUSES, Matrix, Parts, cause_of, read_parts, sum_by_cause
 
 KINDS = {
     "conv": "Conv",
