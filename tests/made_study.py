@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fewbit.engines.placement_cost import EngineOperator, FindingKind, PlacementCost, PlacementFinding
 from fewbit.engines.session import PlacedOperator, Placement, Setting
 from fewbit.measure.accuracy import Accuracy, Comparison
 from fewbit.measure.host import Host
@@ -239,6 +240,27 @@ def ended(network: str) -> list[Trial]:
     return [collapsed, crashed]
 
 
+def cost(setting: Setting) -> PlacementCost:
+    """Make what an engine's profile names: two swishes of one cause, the image, a layer kept in float."""
+
+    def found(kind: FindingKind, layer: str, ms: float, why: str, **more: Any) -> PlacementFinding:
+        operator = EngineOperator(name=f"{layer}:q", kind="Subgraph", kernel="jit", precision="int8", ms=ms)
+        fields = {"file_kinds": ("HardSwish",), "remedy": "leave as is", "on_purpose": False} | more
+        return PlacementFinding(
+            kind=kind, layers=(layer,), operators=(operator,), why=why, ms=ms, share=ms / 10, **fields
+        )
+
+    swish = "a quantizer stands before it"
+    findings = (
+        found("float operator", "stage3.3.linear", 1.5, "the file keeps it in float", on_purpose=True),
+        found("unfused operator", "stage1.0.swish", 1.0, swish, remedy="bf16 for this region"),
+        found("unfused operator", "stage2.0.swish", 0.75, swish, remedy="bf16 for this region"),
+        found("input conversion", "input:q", 0.5, "float images are rounded to codes"),
+    )
+    rest = {"3x3": 5.0, "classifier": 1.25}
+    return PlacementCost(setting=setting, integers=True, ms=10.0, findings=findings, rest=rest)
+
+
 def study(
     networks: tuple[str, ...] = ("resnet20",),
     budgets: tuple[str, ...] = ("top1-drop<=1%",),
@@ -289,6 +311,7 @@ def study(
                 versus_float=versus,
                 checks=checks,
             ),
+            cost=cost(best.setting),
         ),
         "seconds": 252.0,
     }

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from fewbit.cli.costs import print_cost, print_placement
 from fewbit.doctor.records import Diagnosis, Finding, LayerExam, Remedy
 from fewbit.report import words
 from fewbit.report.doctor import quality_in_words, remedy_in_words
 
 if TYPE_CHECKING:
     from fewbit.doctor.records import CalibrationStudy
-    from fewbit.engines.session import Placement
     from fewbit.sensitivity.records import LayerRecord
 
 _NAMED = 4
@@ -31,7 +31,9 @@ def print_diagnosis(found: Diagnosis) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     print_layers(found.layers, console)
     if found.placement is not None:
-        _print_placement(found.placement, console)
+        print_placement(found.placement, console)
+    if found.cost is not None:
+        print_cost(found.cost, console)
     if found.study is not None:
         _print_study(found.study, console)
 
@@ -106,17 +108,6 @@ def print_layers(records: Sequence[LayerRecord], console: Console | None = None)
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
-
-
-def _print_placement(placement: Placement, console: Console) -> None:
-    plain: dict[str, Any] = {"highlight": False, "markup": False}
-    console.print(
-        f"{placement.engine}: {placement.integer_operators} operators in integers, "
-        f"{placement.float_operators} in float",
-        **plain,
-    )
-    for operator in placement.float_matrix_operators():
-        console.print(f"in float: {operator.name} ({operator.kind}) {operator.why}", **plain)
 
 
 def _print_study(study: CalibrationStudy, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""`fewbit inspect`: layers, noise, what runs in integers, and what to do about it."""
+"""`fewbit inspect`: layers, noise, what runs in integers and what keeps the rest out, and what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fewbit.cli.progress import Tell, step_progress
 if TYPE_CHECKING:
     from fewbit.data.image_set import ImageSet
     from fewbit.doctor.records import CalibrationStudy, Diagnosis
-    from fewbit.engines.session import Placement
+    from fewbit.engines.placement_cost import PlacementCost
+    from fewbit.engines.session import Placement, Setting
     from fewbit.load.card import Card
     from fewbit.net import Net
     from fewbit.recipe import Recipe
@@ -23,7 +24,7 @@ _STUDIED = 1024
 
 
 @click.command()
-@click.argument("card", metavar="CARD")
+@click.argument("card", metavar="CARD|FILE")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -44,16 +45,32 @@ _STUDIED = 1024
     metavar="SEEDS",
     help="Accuracy against 1 to 1024 calibrating images, for so many seeds.",
 )
+@click.option("--batch", type=COUNT, default=1, show_default=True, help="Of what is profiled.")
+@click.option("--threads", type=COUNT, default=1, show_default=True, help="Of what is profiled.")
+@click.option(
+    "--float-precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @card_options
 @json_option
 def inspect(card: str, data: Path | None, recipe: str, engine: str, seed: int, **options: Any) -> int:
-    """Show every layer; with images also name what costs accuracy, and try remedies."""
+    """Show every layer; with images also name what costs accuracy, and try remedies.
+
+    Of a file that is quantized already (or was exported by fewbit) show what keeps its operators out of
+    integers on the engine, with the milliseconds that it costs.
+    """
     from fewbit.load.capture import load
     from fewbit.recipe import read_recipe
     from fewbit.sensitivity.sqnr import layer_records
 
-    given = find_card(card, take_card_facts(options))
+    facts = take_card_facts(options)
+    if data is None and not any(value is not None for value in facts.values()):
+        from fewbit.cli.costs import show_file
+
+        shown = show_file(Path(card), _engine_given(engine), _setting_of(engine, options), options)
+        if shown is not None:
+            return shown
+    given = find_card(card, facts)
     _check_options(data, options)
     chosen = read_recipe(recipe)
     net = load(given)
@@ -76,6 +93,25 @@ def inspect(card: str, data: Path | None, recipe: str, engine: str, seed: int, *
         if path is not None:
             click.echo(f"written: {path}")
     return 0
+
+
+def _setting_of(engine: Any, options: dict[str, Any]) -> Setting:
+    from fewbit.engines.session import Setting
+
+    return Setting(
+        engine=engine,
+        batch=options["batch"],
+        threads=options["threads"],
+        float_precision=options["float_precision"],
+    )
+
+
+def _engine_given(engine: str) -> str:
+    """Return the engine that the user asked for, empty for the default."""
+    from click.core import ParameterSource
+
+    source = click.get_current_context().get_parameter_source("engine")
+    return "" if source == ParameterSource.DEFAULT else engine
 
 
 def _answer(found: Diagnosis) -> dict[str, Any]:
@@ -154,9 +190,9 @@ def _examine(
             seed=seed,
             advance=tell,
         )
-        update: dict[str, Any] = {
-            "placement": _placement(net, recipe, images.subset(places[judging:]), engine, seed, tell)
-        }
+        few, setting = images.subset(places[judging:]), _setting_of(engine, options)
+        placement, cost = _placement(net, recipe, few, setting, seed, tell)
+        update: dict[str, Any] = {"placement": placement, "cost": cost}
         if options["study"]:
             pool = Sample.of_set(images.subset(places[judging:]))
             update["study"] = _study(net, recipe, pool, seen.judging, engine, seed, options["study"], tell)
@@ -172,24 +208,27 @@ def _study(
     return study_calibration(net, recipe, pool, judging, seeds=chosen, engine=engine, advance=tell)
 
 
-def _placement(net: Net, recipe: Recipe, images: ImageSet, engine: Any, seed: int, tell: Tell) -> Placement:
-    """Ask the engine which operators it runs in integers."""
+def _placement(
+    net: Net, recipe: Recipe, images: ImageSet, setting: Setting, seed: int, tell: Tell
+) -> tuple[Placement, PlacementCost]:
+    """Ask the engine which operators it runs in integers, and what the others cost."""
     import numpy as np
 
+    from fewbit.engines.placement_cost import measure_placement
     from fewbit.engines.process import EngineProcess
-    from fewbit.engines.session import Setting
     from fewbit.export.onnx_out import export_onnx
     from fewbit.place.targets import target
     from fewbit.recipe import image_context, run_recipe
 
-    few = images.subset(np.arange(min(8, len(images))))
+    few, engine = images.subset(np.arange(min(8, len(images)))), setting.engine
     made, _ = run_recipe(recipe, net, image_context(few, engine, seed))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inspected.onnx"
         export_onnx(made, path, target(engine) if recipe.places else None)
         tell(f"placement on {engine}", 0.95)
         with EngineProcess(engine) as process:
-            return process.open(path, Setting(engine=engine)).placement()
+            session = process.open(path, setting)
+            return session.placement(), measure_placement(session)
 
 
 def _write_repaired(found: Diagnosis, path: Path | None) -> Path | None:

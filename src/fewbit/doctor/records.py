@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from fewbit.engines.placement_cost import PlacementCost
 from fewbit.engines.session import Placement
 from fewbit.measure.accuracy import Accuracy, Comparison
 from fewbit.sensitivity.records import LayerRecord
@@ -306,6 +307,7 @@ class Diagnosis(Frozen):
         together: The best remedies of all findings at once; none where fewer than two help.
         repaired: The recipe with the remedies that did best, as TOML; empty where none helps.
         placement: Which operators the engine runs in integers; none where it was not asked.
+        cost: What keeps the others out of integers, in milliseconds; none where it was not asked.
         study: Accuracy against calibrating images; none where it was not asked for.
         notes: What else a reader should know.
     """
@@ -327,5 +329,6 @@ class Diagnosis(Frozen):
     together: Remedy | None = None
     repaired: str = ""
     placement: Placement | None = None
+    cost: PlacementCost | None = None
     study: CalibrationStudy | None = None
     notes: tuple[str, ...] = ()

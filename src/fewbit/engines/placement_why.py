@@ -120,10 +120,10 @@ def why_unfused(graph: RunGraph, place: int) -> Reason:
     for name in names:
         before, zero = _convolution_before(graph, name)
         if before is not None and exported.nodes[name].op_type not in ("Add", "Mul"):
-            told = f" with zero point {zero}" if zero else ""
+            told = " with a zero point" if zero else ""
             return Reason(
-                f"a quantizer{told} stands between {before} and it, so it is not computed in that kernel but "
-                "in float, between codes that are read and written again",
+                f"a quantizer{told} stands between its convolution and it, so it is not computed in that "
+                "kernel but in float, between codes that are read and written again",
                 f"{_FOR_OV}; or {_BF16}",
             )
     if any(exported.nodes[name].op_type == "Mul" for name in names):
@@ -132,7 +132,7 @@ def why_unfused(graph: RunGraph, place: int) -> Reason:
 
 
 def _convolution_before(graph: RunGraph, name: str) -> tuple[str | None, int]:
-    """Return the convolution that a node reads through a quantizer, and the zero point of that."""
+    """Return the convolution that a node reads through a quantizer, and the quantizer's zero point."""
     exported = graph.exported
     for value in exported.nodes[name].input:
         if not exported.is_quantized(value):

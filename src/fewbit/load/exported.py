@@ -69,6 +69,25 @@ def read_exported(path: Path) -> Exported | None:
         ) from reason
 
 
+def quantized_for(path: Path) -> str | None:
+    """Say for which engine a file that can run as it is was quantized.
+
+    Args:
+        path: An .onnx file.
+
+    Returns:
+        The engine's name; empty where the file does not tell; none where the file is neither quantized nor
+        written by fewbit, or cannot be read: whoever loads it says so.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError, ValueError):
+        return None
+    known = {entry.key: entry.value for entry in model.metadata_props}
+    quantized = any(node.op_type in QUANTIZED for node in model.graph.node)
+    return known.get("fewbit.engine", "") if quantized or "fewbit.card" in known else None
+
+
 def refuse_quantized(path: Path) -> None:
     """Refuse a file that is quantized already, where a float network is wanted.
 

@@ -11,6 +11,7 @@ import fewbit
 from fewbit.doctor.records import CAUSES, CalibrationStudy, Diagnosis, Finding, LayerExam, Quality, Remedy
 from fewbit.files import write_text
 from fewbit.report import doctor_plots, marks, plots, tables, words
+from fewbit.report.costs import cost_view
 
 
 class Tried(NamedTuple):
@@ -72,6 +73,7 @@ def render_diagnosis(diagnosis: Diagnosis, command: str = "") -> str:
         noise=doctor_plots.noise_of_layers(diagnosis),
         layers=layers_table(diagnosis),
         placement=tables.placement_view(diagnosis.placement) if diagnosis.placement else None,
+        cost=cost_view(diagnosis.cost) if diagnosis.cost else None,
         histograms=plots.histograms(),
         study=doctor_plots.study_of_calibration(study) if study else None,
         study_lead=_study_lead(study) if study else "",

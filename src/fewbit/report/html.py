@@ -9,6 +9,7 @@ import fewbit
 from fewbit.files import write_text
 from fewbit.measure.host import Host
 from fewbit.report import plots, tables, words
+from fewbit.report.costs import cost_view
 from fewbit.report.page import render_page
 from fewbit.report.summary import (
     accuracy_budget,
@@ -87,6 +88,7 @@ def render(study: StudyRecord) -> str:
         engines=[(name, words.engine(name)) for name in sorted({t.setting.engine for t in study.trials})],
         panels=_panels(study),
         histograms=plots.histograms(),
+        cost=cost_view(study.answer.cost) if study.answer is not None and study.answer.cost else None,
         ended=_ended(study),
         command=study.command,
         how=_how(study),

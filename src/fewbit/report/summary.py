@@ -222,6 +222,7 @@ def _answer_json(study: StudyRecord, answer: Answer) -> dict[str, Any]:
         "float_bytes": float_bytes(study, trial.network),
         "placement": placement
         and {"integer_operators": placement.integer_operators, "float_operators": placement.float_operators},
+        "placement_cost": answer.cost and answer.cost.model_dump(mode="json"),
         "advice": answer.advice,
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from fewbit.engines.placement_cost import measure_placement
 from fewbit.engines.session import Setting
 from fewbit.errors import EngineError
 from fewbit.files import write_atomically, write_text
@@ -25,6 +26,7 @@ _MOST_TRIED = 16
 _WORTH, _WORTH_ELSEWHERE = 0.93, 0.75
 _ROUNDS = 20
 _BLOCK_S = 0.2
+_PROFILE_MS, _PROFILED = 2000.0, (3, 20)
 
 Inside = Callable[[str, float], None]
 
@@ -70,7 +72,7 @@ class Finish:
             answer = self._answer(chosen, True, "")
             if all(check.met for check in answer.confirmation.checks):
                 self._keep(chosen.trial)
-                return answer
+                return self._with_cost(answer, chosen.trial)
             confirmed.remove(chosen)
             missed.append(Finalist(chosen.trial, answer.confirmation))
             self.notes.append(f"{describe(chosen.trial)}: timed to the end it is outside a budget")
@@ -83,7 +85,7 @@ class Finish:
                 return None
             chosen, text = nearest, advice(self.view, nearest.trial)
         self._keep(chosen.trial)
-        return self._answer(chosen, False, text)
+        return self._with_cost(self._answer(chosen, False, text), chosen.trial)
 
     def refuted(self) -> set[str]:
         """Return the keys of the finalists that the holdout images refuse, up to the first they do not."""
@@ -242,6 +244,19 @@ class Finish:
             self.trials.sessions.forget(trial.setting.engine)
             self.notes.append(f"the final timing failed, the trial's own stands: {error}")
             return trial.timing
+
+    def _with_cost(self, answer: Answer, trial: Trial) -> Answer:
+        """Add what keeps the answer's operators out of integers, by the engine's own profile."""
+        self.inside("profiling the answer", 0.9)
+        calls = int(_PROFILE_MS / answer.timing.ms_per_batch_p50)
+        try:
+            session = self.trials.sessions.get(self._file(trial), trial.setting)
+            cost = measure_placement(session, min(max(calls, _PROFILED[0]), _PROFILED[1]))
+        except EngineError as error:
+            self.trials.sessions.forget(trial.setting.engine)
+            self.notes.append(f"{describe(trial)}: could not be profiled: {error}")
+            return answer
+        return answer.model_copy(update={"cost": cost})
 
     def _overall(self, trial: Trial, path: Path, baseline: tuple[Path, Setting]) -> Timing | None:
         """Time the answer against the fastest float32 inside the budgets, where that is another network."""

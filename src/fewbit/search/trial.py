@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fewbit.engines.placement_cost import PlacementCost
 from fewbit.engines.session import Placement, Setting
 from fewbit.measure.accuracy import Accuracy, Comparison
 from fewbit.measure.host import Host
@@ -156,6 +157,8 @@ class Answer(Frozen):
         checks: Each budget on the search images.
         confirmation: The same on the holdout images.
         advice: Where nothing was found: what would meet the budget.
+        cost: What keeps its operators out of integers; none where the engine could not be asked, and in a
+            study that is older than the question.
     """
 
     found: bool
@@ -166,6 +169,7 @@ class Answer(Frozen):
     confirmation: Confirmation
     advice: str = ""
     overall: Timing | None = None
+    cost: PlacementCost | None = None
 
 
 class StudyRecord(Frozen):

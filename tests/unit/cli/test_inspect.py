@@ -8,7 +8,9 @@ import onnx
 import pytest
 
 from command import Fewbit
+from fewbit.cli.main import main
 from fewbit.doctor.records import Diagnosis
+from fewbit.engines.placement_cost import PlacementCost
 from fewbit.recipe import Recipe, read_recipe
 
 
@@ -38,7 +40,10 @@ def test_a_finding_is_told_with_its_remedy_and_gain_before_the_table(
     assert helps.endswith("on 86 images.") and "float labels kept" in helps
     table = next(place for place, line in enumerate(lines) if line.strip().startswith("layer "))
     assert lines.index(first) < lines.index(helps) < table
-    assert lines[-1].startswith("onnxruntime: ") and "in integers" in lines[-1]
+    placed = next(line for line in lines if line.startswith("onnxruntime: "))
+    assert "in integers" in placed and lines.index(placed) > table
+    assert any(line.startswith("One call on ONNX Runtime, batch 1, 1 thread takes ") for line in lines)
+    assert lines[-1].startswith("The other ")
 
 
 def test_the_json_carries_the_whole_diagnosis(fewbit: Fewbit, job: Path, clipping: Path) -> None:
@@ -51,6 +56,7 @@ def test_the_json_carries_the_whole_diagnosis(fewbit: Fewbit, job: Path, clippin
     assert finding.cause == "clipped_tail" and finding.remedies[0].helps
     assert finding.remedies[0].before == diagnosis.quality
     assert diagnosis.layers[0].name == "input" and diagnosis.placement is not None
+    assert diagnosis.cost is not None and diagnosis.cost.setting.engine == "onnxruntime"
 
 
 def test_a_healthy_network_has_nothing_to_mend(fewbit: Fewbit, job: Path) -> None:
@@ -109,6 +115,38 @@ def test_a_wrong_preprocessing_is_the_first_thing_told(fewbit: Fewbit, job: Path
     said = fewbit("inspect", card, "--data", job / "images")
     assert "1. wrong preprocessing in input" in said.out and "helps: " in said.out
     assert "repair the preprocessing first; what rounding costs was not looked into" in said.out
+
+
+@pytest.fixture(scope="module")
+def made(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that is quantized for OpenVINO."""
+    path = tmp_path_factory.mktemp("made") / "tiny.onnx"
+    given = ["--data", str(job / "images"), "--engine", "openvino", "--out", str(path)]
+    assert main(["quantize", str(job / "tiny.toml"), *given, "--calibration-images", "8"]) == 0
+    return path
+
+
+def test_a_quantized_file_is_profiled_on_the_engine_it_was_made_for(fewbit: Fewbit, made: Path) -> None:
+    said = fewbit("inspect", made, "--batch", 4)
+    assert (said.code, said.err) == (0, "")
+    lines = said.out.splitlines()
+    assert lines[0].startswith("openvino: ") and "in integers" in lines[0]
+    assert lines[1].startswith("One call on OpenVINO, batch 4, 1 thread takes ")
+    assert "input conversion" in said.out and "uint8 pixels in" in said.out
+    assert lines[-1].startswith("The other ")
+
+
+def test_a_quantized_file_as_json_on_another_engine(fewbit: Fewbit, made: Path) -> None:
+    answer = fewbit("inspect", made, "--engine", "onnxruntime", "--json").answer
+    cost = PlacementCost.from_data(answer["cost"])
+    assert answer["file"] == "tiny.onnx" and answer["placement"]["engine"] == "onnxruntime"
+    assert cost.setting.engine == "onnxruntime" and cost.integers
+    assert sum(f.ms for f in cost.findings) + cost.rest_ms == pytest.approx(cost.ms)
+
+
+def test_a_quantized_file_is_no_card(fewbit: Fewbit, job: Path, made: Path) -> None:
+    said = fewbit("inspect", made, "--data", job / "images", "--classes", 4)
+    assert said.code == 2 and "is quantized already, by fewbit with recipe 'int8' for openvino" in said.err
 
 
 def test_without_images_it_says_how_to_get_more(fewbit: Fewbit, job: Path) -> None:

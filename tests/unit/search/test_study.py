@@ -80,6 +80,9 @@ def test_it_finds_a_network_and_says_how_it_was_measured(study: StudyRecord) -> 
     assert answer.confirmation.key == answer.key
     assert answer.confirmation.accuracy.total == study.data.holdout
     assert all(check.met for check in answer.confirmation.checks)
+    trial = next(t for t in study.trials if t.key == answer.key)
+    assert answer.cost is not None and answer.cost.setting == trial.setting
+    assert sum(f.ms for f in answer.cost.findings) + answer.cost.rest_ms == pytest.approx(answer.cost.ms)
 
 
 def test_no_image_does_two_things(study: StudyRecord, given: StudyOptions) -> None:
