@@ -289,7 +289,7 @@ class _Sorting:
         if group.kind == "unfused operator":
             return why.why_unfused(graph, place)
         if graph.is_outside(place):
-            return why.Reason(_WEIGHTS, "quantize activations too: `--recipe int8`")
+            return why.Reason(_WEIGHTS, "quantize activations too: --recipe int8")
         if group.kind != "float operator":
             return why.why_conversion(graph, sorted(group.places), group.on_purpose)
         if group.on_purpose:

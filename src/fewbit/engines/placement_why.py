@@ -27,9 +27,9 @@ _CLAMPS = frozenset({"Relu", "Clip"})
 # What OpenVINO computes inside the kernel of the convolution before it.
 _OV_FUSED = frozenset({"Clip", "Elu", "Gelu", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Relu", "Sigmoid"})
 _LEAVE = "leave as is"
-_BF16 = "bf16 for this region (`fewbit search` tries that)"
-_FOR_ORT = "quantize for this engine (`--engine onnxruntime`): unsigned codes, with a quantizer behind it"
-_FOR_OV = "quantize for this engine (`--engine openvino`): no quantizer before it, and symmetric codes"
+_BF16 = "bf16 for this region (fewbit search tries that)"
+_FOR_ORT = "quantize for this engine (--engine onnxruntime): unsigned codes, with a quantizer behind it"
+_FOR_OV = "quantize for this engine (--engine openvino): no quantizer before it, and symmetric codes"
 _CLIP = "a range that ends where the Clip does: the recipes of fewbit end it there"
 _VNNI_ROW, _VNNI_GROUP = 32, 4
 
@@ -109,7 +109,7 @@ def _why_matrix(graph: RunGraph, name: str, engine: EngineName) -> Reason:
         return Reason(
             f"its input has signed codes with zero point {int(zero.flat[0])}; {_NAMES[engine]} takes zero "
             "points only with unsigned ones",
-            "symmetric or unsigned codes: `--recipe int8`",
+            "symmetric or unsigned codes: --recipe int8",
         )
     return Reason(f"{_NAMES[engine]} took no integer kernel for this {node.op_type}", _LEAVE)
 
@@ -128,7 +128,20 @@ def why_unfused(graph: RunGraph, place: int) -> Reason:
             )
     if any(exported.nodes[name].op_type == "Mul" for name in names):
         return Reason("a product of two tensors is computed in no convolution's kernel", _LEAVE)
+    if any(_sums_unrounded(graph, name) for name in names):
+        return Reason(
+            "no quantizer stands between its convolution and the sum, so the sum is not computed in that "
+            "kernel",
+            "a quantizer between them, for one rounding more",
+        )
     return Reason("OpenVINO computes it in no convolution's kernel", f"{_LEAVE}, or {_BF16}")
+
+
+def _sums_unrounded(graph: RunGraph, name: str) -> bool:
+    """Say whether a node adds the result of a convolution that is not rounded in between."""
+    node, nodes = graph.exported.nodes[name], graph.exported.nodes
+    makers = [graph.exported.maker(value) for value in node.input]
+    return node.op_type == "Add" and any(m is not None and nodes[m].op_type in MATRIX for m in makers)
 
 
 def _convolution_before(graph: RunGraph, name: str) -> tuple[str | None, int]:
@@ -173,7 +186,7 @@ def why_legacy(graph: RunGraph, place: int) -> Reason:
     if zero is not None and np.any(zero):
         return Reason(
             f"its input has zero point {int(zero.flat[0])}, which sends it to an old kernel ({kernel})",
-            "symmetric activations: quantize for this engine, or `--recipe int8-symmetric`",
+            "symmetric activations: quantize for this engine, or --recipe int8-symmetric",
         )
     return Reason(f"OpenVINO took an old kernel ({kernel})", _LEAVE)
 
@@ -184,7 +197,7 @@ def why_input(takes: str) -> Reason:
         return Reason("pixels are brought into the layout of the first layer", _LEAVE)
     return Reason(
         "float images are rounded to codes and brought into the layout of the first layer",
-        "uint8 pixels in: `--input uint8`, which folds the preprocessing into the first layer",
+        "uint8 pixels in: --input uint8, which folds the preprocessing into the first layer",
     )
 
 

@@ -25,8 +25,9 @@ from fewbit.load.capture import load
 from fewbit.load.card import read_card
 from fewbit.measure.host import describe_host
 from fewbit.place.targets import target
-from fewbit.recipe import read_recipe, run_recipe
-from networks import make_context, quantize
+from fewbit.recipe import Context, read_recipe, run_recipe
+from fewbit.spec import Scheme
+from networks import make_context, make_images, make_net, quantize
 
 Files = dict[str, Path]
 BATCH = 256
@@ -136,6 +137,22 @@ def test_a_residual_block_runs_in_integers(tmp_path: Path, engine: str) -> None:
     found = costs(export("residual", engine, tmp_path), engine)
     assert not [f for f in found.findings if f.kind in ("float operator", "legacy kernel")]
     assert {"first convolution", "3x3", "classifier"} <= found.rest.keys()
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_openvino_adds_in_the_kernel_only_where_a_quantizer_stands_before_the_sum(
+    tmp_path: Path, rounded: bool
+) -> None:
+    aim = target("openvino").model_copy(update={"fuses_residual": not rounded})
+    images = make_images()
+    context = Context(Scheme(), aim, lambda: iter(images.split(4)), 0)
+    path = tmp_path / "net.onnx"
+    export_onnx(run_recipe(read_recipe("int8"), make_net("residual"), context)[0], path, aim)
+    unfused = [f for f in costs(path, "openvino").findings if f.kind == "unfused operator"]
+    assert [f.layers for f in unfused] == ([] if rounded else [("add", "relu_2")])
+    if unfused:
+        assert unfused[0].why.startswith("no quantizer stands between its convolution and the sum,")
+        assert "a quantizer between them" in unfused[0].remedy
 
 
 def test_weights_only_turn_into_floats_in_every_call(tmp_path: Path) -> None:
