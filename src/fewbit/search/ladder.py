@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from fewbit.engines.session import EngineName, FloatPrecision
 from fewbit.search.answer import finalists
+from fewbit.search.family import GAIN_OF_PIXELS, Family
 from fewbit.search.mixed_precision import Mix
 from fewbit.search.standing import Pair, Standing
 from fewbit.search.trial import Trial
@@ -25,8 +26,6 @@ RECONSTRUCTED = ("int8-reconstructed",)
 WEIGHTS_ONLY = "int8-weights-only"
 _FASTER = 0.97
 """A mix is tried for speed where its predicted time is less than this share of all integers'."""
-_GAIN_OF_PIXELS = 1.15
-"""More than a file has been seen to gain by taking pixels: 1.02 to 1.11."""
 
 
 class Proposal(Frozen):
@@ -110,47 +109,54 @@ class Ladder:
 
 
 def float32(view: Standing, _: Aids) -> Proposal | None:
-    """Every network in float32 on every engine: the accuracy to keep and the speed to beat."""
+    """Every network in float32 on every engine: the accuracy to keep and the speed to beat.
+
+    All on the first engine, then on the next, where a network that is clearly outside has no place.
+    """
     return _first_new(
         view,
         (
             Proposal(rung="float32", network=n, engine=e, recipe="float32", base="float32")
-            for n in view.terms.networks
             for e in view.terms.engines
+            for n in view.terms.networks
+            if not _out_of_the_race(view, n)
         ),
     )
 
 
 def bf16(view: Standing, _: Aids) -> Proposal | None:
     """The float file in bfloat16 where the host computes in it: no calibration, often no accuracy lost."""
-    pairs = (p for p in _by_promise(view) if p.engine in view.terms.bf16_engines)
-    return _first_new(
-        view,
-        (
-            Proposal(
-                rung="bf16",
-                network=p.network,
-                engine=p.engine,
-                recipe="bf16",
-                base="float32",
-                float_precision="bf16",
-            )
-            for p in pairs
-            if not _out_of_the_race(view, p.network)
-        ),
+    pair = _next_plain(view)
+    if pair is None or not _lacks_bf16(view, pair):
+        return None
+    return Proposal(
+        rung="bf16",
+        network=pair.network,
+        engine=pair.engine,
+        recipe="bf16",
+        base="float32",
+        float_precision="bf16",
     )
 
 
 def int8(view: Standing, _: Aids) -> Proposal | None:
-    """Plain int8 on every engine; the most promising network first."""
-    return _first_new(
-        view,
-        (
-            _int8_proposal("int8", p, PLAIN)
-            for p in _by_promise(view)
-            if not _out_of_the_race(view, p.network)
-        ),
-    )
+    """Plain int8 on every engine that may give the answer; the most promising network first."""
+    pair = _next_plain(view)
+    return None if pair is None else _int8_proposal("int8", pair, PLAIN)
+
+
+def _next_plain(view: Standing) -> Pair | None:
+    """Return the most promising pair that bfloat16 or plain int8 were not tried on, of those with a hope.
+
+    Both are tried on it before the next one, so that the bar is high when the less promising come.
+    """
+    family = Family(view)
+    new = (p for p in family.by_promise() if _lacks_bf16(view, p) or not view.has(*p, PLAIN))
+    return next((p for p in new if family.hopeless(p) is None), None)
+
+
+def _lacks_bf16(view: Standing, pair: Pair) -> bool:
+    return pair.engine in view.terms.bf16_engines and not view.has(*pair, "bf16")
 
 
 def ranges(view: Standing, _: Aids) -> Proposal | None:
@@ -294,7 +300,7 @@ def pixels(view: Standing, _: Aids) -> Proposal | None:
         if trial.takes == "uint8" or pair in seen or best is None:
             continue
         seen.add(pair)
-        if view.value(trial) * _GAIN_OF_PIXELS > view.value(best) and not view.has(*pair, name):
+        if view.value(trial) * GAIN_OF_PIXELS > view.value(best) and not view.has(*pair, name):
             return Proposal(
                 rung="pixels",
                 network=pair.network,
@@ -330,20 +336,10 @@ def _first_new(view: Standing, proposals: Iterator[Proposal]) -> Proposal | None
     return next((p for p in proposals if not view.has(p.network, p.engine, p.recipe)), None)
 
 
-def _by_promise(view: Standing) -> list[Pair]:
-    """Pairs of network and engine: those whose float32 is inside the budget first, then by its speed."""
-
-    def order(pair: Pair) -> tuple[bool, float, float]:
-        outside = view.float_excess(pair.network) > 0
-        return outside, view.float_excess(pair.network) if outside else 0.0, -view.float_speed(pair)
-
-    pairs = [p for p in view.pairs() if view.float_trial(p.network) is not None]
-    return sorted(pairs, key=order)
-
-
 def _out_of_the_race(view: Standing, network: str) -> bool:
-    """Even its float32 is clearly outside the budget, while another network is inside."""
-    return view.hopeless(network) and view.best() is not None
+    """Its float32 ran and is clearly outside the budget, while another network is inside."""
+    known = view.float_trial(network) is not None
+    return known and view.hopeless(network) and view.best() is not None
 
 
 def _climbing(view: Standing) -> list[Pair]:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from fewbit.engines.session import EngineName
 from fewbit.measure.speed import Timing
 from fewbit.search.budget import Budget, Measured
-from fewbit.search.trial import BudgetCheck, Trial
+from fewbit.search.trial import BudgetCheck, NetworkCost, Trial
 from fewbit.spec import Frozen, ImageInput
 
 Objective = Literal["throughput", "latency", "size"]
@@ -42,6 +42,8 @@ class Terms(Frozen):
         confidence: See `Budget.check`.
         bf16_engines: Engines that compute in bfloat16 natively on this host.
         inputs: What the answer may take.
+        costs: What the networks cost by their shapes; without them nothing is forecast.
+        gains: For each engine, the most that its integers may gain over float32 in matrix work here.
     """
 
     networks: tuple[str, ...]
@@ -51,6 +53,8 @@ class Terms(Frozen):
     confidence: float = 0.5
     bf16_engines: tuple[EngineName, ...] = ()
     inputs: tuple[ImageInput, ...] = ("float32",)
+    costs: tuple[NetworkCost, ...] = ()
+    gains: tuple[tuple[EngineName, float], ...] = ()
 
 
 def measured(trial: Trial) -> Measured:
@@ -128,6 +132,10 @@ class Standing:
         ratio = trial.timing.ratio
         return ratio * self._float_rates[trial.network] if ratio else trial.timing.images_per_s
 
+    def float_rate(self, network: str) -> float | None:
+        """Return the images a second of a network's float32 baseline, none where it was not timed."""
+        return self._float_rates.get(network)
+
     @cached_property
     def _float_rates(self) -> dict[str, float]:
         """Images a second of each network's float32 baseline: the median of what each trial saw of it."""
@@ -151,8 +159,12 @@ class Standing:
 
     def ranked(self) -> list[Trial]:
         """Trials inside every budget, the best first."""
+        return list(self._ranked)
+
+    @cached_property
+    def _ranked(self) -> tuple[Trial, ...]:
         inside = [t for t in self.trials if self.meets(t)]
-        return sorted(inside, key=lambda t: (-self.value(t), self.excess(t), t.key))
+        return tuple(sorted(inside, key=lambda t: (-self.value(t), self.excess(t), t.key)))
 
     def best(self, without: Pair | None = None) -> Trial | None:
         """Return the best trial inside every budget, the int8 trials of one pair left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from fewbit.errors import FewbitError, InputError
 from fewbit.files import write_text
 from fewbit.measure.accuracy import Predictions
 from fewbit.measure.host import Host, describe_host, versions
+from fewbit.search.cost import count_cost
+from fewbit.search.family import Family, most_matrix_gain, new_ones
 from fewbit.search.finish import Finish
 from fewbit.search.fit import fewer, share_of_images
 from fewbit.search.gather import expected_note, expected_parts, gather, identity
@@ -25,7 +27,7 @@ from fewbit.search.mixed_precision import Mix
 from fewbit.search.options import StudyOptions
 from fewbit.search.speeds import Sessions, Speeds
 from fewbit.search.standing import Standing, Terms
-from fewbit.search.trial import Answer, DataRecord, StudyRecord, Trial
+from fewbit.search.trial import Answer, DataRecord, LeftOut, StudyRecord, Trial
 from fewbit.search.trials import Trials
 from fewbit.search.watch import Event, EventKind, Watch, silence
 from fewbit.search.workbench import Workbench
@@ -38,6 +40,7 @@ _MOST_REFUTED = 6
 _MINUTES_TO_MIX = 8.0
 _LEAST_MS_TO_MIX = 2.0  # of a batch: below, the times of its regions are lost in noise
 _MIXES = TypeAdapter(tuple[Mix, ...])
+_LEFT_OUT = TypeAdapter(tuple[LeftOut, ...])
 
 
 class _Known(NamedTuple):
@@ -76,7 +79,7 @@ def run_study(options: StudyOptions, watch: Watch = silence) -> StudyRecord:
     with ExitStack() as stack:
         stack.enter_context(_folder(options))
         benches, data = gather(options, tell, saturating_engines(options.engines, host.saturates_u8s8))
-        known = _Known(options, _terms(options, host), host, known_versions, benches, data)
+        known = _Known(options, _terms(options, host, benches), host, known_versions, benches, data)
         journal = stack.enter_context(
             Journal(options.out, identity(options, benches, host, known_versions), options.resume)
         )
@@ -128,8 +131,20 @@ class _Search:
         mixing = self._mixing if self._has_time_to_mix() else None
         ladder = Ladder(lambda history: self._standing(), Aids(self._ranking, mixing))
         while (proposal := ladder.propose(self.history)) is not None and self._may_go_on():
+            self._tell_left_out()
             self._measure(proposal)
+        self._tell_left_out()
         return proposal
+
+    def _tell_left_out(self) -> None:
+        """Say who has no hope any more, once; the journal keeps what was known when it was decided."""
+        kept = self.journal.decision("left out")
+        before = () if kept is None else _LEFT_OUT.validate_json(kept)
+        new = new_ones(before, Family(self._standing()).left_out())
+        for one in new:
+            self._tell("note", f"not quantized: {one.text}")
+        if new:
+            self.journal.decide("left out", _LEFT_OUT.dump_json((*before, *new)).decode())
 
     def _refute(self) -> bool:
         """Hold the best against the holdout images; say whether to climb on, since they refused some."""
@@ -201,7 +216,10 @@ class _Search:
 
     def _meet_terms(self) -> None:
         """Where the budgets are others than before, measure again what was dropped because of those."""
-        terms = self.known.terms.model_copy(update={"networks": (), "engines": (), "bf16_engines": ()})
+        none: dict[str, tuple[()]] = dict.fromkeys(
+            ("networks", "engines", "bf16_engines", "costs", "gains"), ()
+        )
+        terms = self.known.terms.model_copy(update=none)
         now = terms.model_dump_json()
         before = self.journal.decision("terms")
         if self.journal.forget_trials("failed"):
@@ -366,10 +384,12 @@ class _Search:
             answer=answer,
             seconds=self._seconds(),
             notes=tuple(self.notes),
+            networks=self.known.terms.costs,
+            left_out=Family(self._standing()).left_out(),
         )
 
 
-def _terms(options: StudyOptions, host: Host) -> Terms:
+def _terms(options: StudyOptions, host: Host, benches: Sequence[Workbench]) -> Terms:
     return Terms(
         networks=tuple(card.network.name for card in options.cards),
         engines=options.engines,
@@ -378,6 +398,8 @@ def _terms(options: StudyOptions, host: Host) -> Terms:
         confidence=options.confidence,
         bf16_engines=tuple(e for e in options.engines if e == "openvino") if host.bf16 else (),
         inputs=options.inputs,
+        costs=tuple(count_cost(bench.net) for bench in benches),
+        gains=tuple((engine, most_matrix_gain(engine, host)) for engine in options.engines),
     )
 
 

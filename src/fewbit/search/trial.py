@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fewbit.engines.placement_cost import PlacementCost
-from fewbit.engines.session import Placement, Setting
+from fewbit.engines.session import EngineName, Placement, Setting
 from fewbit.measure.accuracy import Accuracy, Comparison
 from fewbit.measure.host import Host
 from fewbit.measure.speed import Surveyed, Timing
@@ -19,6 +19,8 @@ __all__ = [
     "DataRecord",
     "Histogram",
     "LayerRecord",
+    "LeftOut",
+    "NetworkCost",
     "Skipped",
     "StudyRecord",
     "Trial",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 TrialState = Literal["measured", "dropped", "failed"]
+Reason = Literal["accuracy", "speed", "bytes"]
 
 
 class Trial(Frozen):
@@ -70,6 +73,56 @@ class Trial(Frozen):
     keep_float: tuple[str, ...] = ()
     survey: tuple[Surveyed, ...] = ()
     takes: ImageInput = "float32"
+
+
+class NetworkCost(Frozen):
+    """What a network costs by its shapes alone; see `fewbit.search.cost.count_cost`.
+
+    Attributes:
+        network: Name of the card.
+        dense_macs: Multiplications of one image in convolutions over several pixels and channels.
+        pointwise_macs: In convolutions of one pixel, linear layers and products of activations.
+        depthwise_macs: In convolutions that filter each channel by itself.
+        weights: Weights of all these, biases not counted; in 8 bits as many bytes.
+    """
+
+    network: str
+    dense_macs: int
+    pointwise_macs: int
+    depthwise_macs: int
+    weights: int
+
+    @property
+    def matrix_macs(self) -> int:
+        """Those that a processor's matrix instructions can take: all but the depthwise ones."""
+        return self.dense_macs + self.pointwise_macs
+
+    @property
+    def macs(self) -> int:
+        """Multiplications of one image."""
+        return self.matrix_macs + self.depthwise_macs
+
+
+class LeftOut(Frozen):
+    """A network on an engine that was not quantized, since nothing it may reach can be the answer.
+
+    Attributes:
+        network: Name of the card.
+        engine: Which engine.
+        reason: What it cannot reach: a budget of accuracy, the speed of the best, or bytes.
+        low, high: What it may reach by the forecast: images a second, or for "bytes" the fewest bytes; none
+            for "accuracy".
+        to_beat: What it had to be better than, or inside of; none for "accuracy".
+        text: The whole in one line.
+    """
+
+    network: str
+    engine: EngineName
+    reason: Reason
+    low: float | None = None
+    high: float | None = None
+    to_beat: float | None = None
+    text: str
 
 
 class Skipped(Frozen):
@@ -187,3 +240,5 @@ class StudyRecord(Frozen):
     answer: Answer | None
     seconds: float
     notes: tuple[str, ...] = ()
+    networks: tuple[NetworkCost, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
