@@ -115,6 +115,8 @@ def search(cards: tuple[str, ...], **options: Any) -> int:
         print_json(result_json(study))
     else:
         click.echo(sentence(study))
+        for one in study.left_out:
+            click.echo(f"not quantized: {one.text}")
         click.echo(f"report: {given.out / 'report.html'}")
         if study.answer is not None:
             click.echo(f"file:   {given.out / 'best' / 'model.onnx'}")

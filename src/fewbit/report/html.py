@@ -10,6 +10,7 @@ from fewbit.files import write_text
 from fewbit.measure.host import Host
 from fewbit.report import plots, tables, words
 from fewbit.report.costs import cost_view
+from fewbit.report.families import families_plot, families_table
 from fewbit.report.page import render_page
 from fewbit.report.summary import (
     accuracy_budget,
@@ -83,6 +84,9 @@ def render(study: StudyRecord) -> str:
         speed=speed,
         speed_caption=_caption(study),
         bytes=size,
+        families=families_table(study),
+        families_plot=families_plot(study),
+        left_out=_left_out(study),
         trials=tables.trials_table(study),
         networks=networks,
         engines=[(name, words.engine(name)) for name in sorted({t.setting.engine for t in study.trials})],
@@ -175,6 +179,14 @@ def _caption(study: StudyRecord) -> str:
     )
     limit = f" The dashed line is the budget {budget.text}." if budget else ""
     return f"{hollow}{dotted}. Bars are {bars}.{limit}".removeprefix(".").strip()
+
+
+def _left_out(study: StudyRecord) -> str:
+    """Count the networks that were not quantized on an engine."""
+    if not study.left_out:
+        return ""
+    pairs = words.several(len(study.left_out), "pair", "pairs")
+    return f" {pairs} of network and engine had no hope of being the answer, and cost no quantizing."
 
 
 def _panels(study: StudyRecord) -> list[Panel]:

@@ -94,7 +94,7 @@ def accuracy_against(study: StudyRecord, against: Against) -> Figure | None:
     for (network, engine), group in _groups(shown):
         legend.append(_add_trials(figure, study, group, axis, network, engine))
     legend += _add_dropped(figure, study, shown, axis)
-    _add_budgets(figure, study)
+    add_budgets(figure, study)
     levels = [top(t.accuracy, axis_k(study)) for t in shown if t.accuracy]
     near, hidden = _near(levels, [level for _, level, _ in budget_lines(study)])
     if near is not None:
@@ -206,7 +206,7 @@ def _layout(study: StudyRecord, axis: _Axis, shown: Sequence[Trial]) -> go.Layou
         "title": {"text": axis.title, "standoff": 10, "font": {"size": 13}},
     }
     if min(values) > 0 and max(values) / min(values) > WIDE:
-        ticks = _ticks(min(values), max(values))
+        ticks = ticks_of(min(values), max(values))
         horizontal |= {"type": "log", "tickvals": ticks, "ticktext": [axis.write(tick) for tick in ticks]}
     else:
         horizontal |= axis.linear
@@ -255,10 +255,10 @@ def _axis(study: StudyRecord, against: Against) -> _Axis:
     )
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks_of(low: float, high: float) -> list[float]:
     """Return 1, 2, 5, 10, ... where a logarithmic axis shows them.
 
-    >>> _ticks(0.3, 4)
+    >>> ticks_of(0.3, 4)
     [0.2, 0.5, 1.0, 2.0, 5.0]
     """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -296,7 +296,7 @@ def _add_trials(
             "line": {"width": 1.5, "color": ["var(--paper)" if not is_float(t) else colour for t in trials]},
         },
         customdata=[trial.key for trial in trials],
-        **_hover(trials),
+        **hover_of(trials),
     )
     name = f"{network}, {words.engine(engine)}" if several else words.engine(engine)
     return Key(len(figure.data) - 1, name, shape, colour)
@@ -316,7 +316,7 @@ def _add_dropped(figure: go.Figure, study: StudyRecord, shown: Sequence[Trial], 
             "line": {"width": 1.5, "color": [colour_of(study, trial.network) for trial in dropped]},
         },
         customdata=[trial.key for trial in dropped],
-        **_hover(dropped),
+        **hover_of(dropped),
     )
     return [Key(len(figure.data) - 1, "dropped early", "cross", "var(--ink-2)")]
 
@@ -347,7 +347,8 @@ def _add_answer(figure: go.Figure, study: StudyRecord, shown: Sequence[Trial], a
     return [Key(len(figure.data) - 1, name, "ring", "var(--accent)")]
 
 
-def _add_budgets(figure: go.Figure, study: StudyRecord) -> None:
+def add_budgets(figure: go.Figure, study: StudyRecord) -> None:
+    """Draw the budgets on the accuracy axis as dashed lines with their texts."""
     several = len({trial.network for trial in study.trials}) > 1
     for text, level, network in budget_lines(study):
         name = f"{text} of {network}" if network and several else text
@@ -363,7 +364,7 @@ def _add_budgets(figure: go.Figure, study: StudyRecord) -> None:
             line={"color": colour, "width": 1.5, "dash": "dash"},
         )
         figure.add_annotation(
-            text=_plain(name),
+            text=plain(name),
             xref="paper",
             x=0,
             xanchor="left",
@@ -405,9 +406,11 @@ def _level(trial: Trial, study: StudyRecord) -> tuple[float | None, Interval | N
     return level, Interval(low=before - ends.high, high=before - ends.low)
 
 
-def _hover(trials: Sequence[Trial]) -> dict[str, object]:
+def hover_of(trials: Sequence[Trial]) -> dict[str, object]:
+    """Return what a mark of each trial shows when it is pointed at."""
+
     def text(trial: Trial) -> str:
-        first, *rest = (_plain(line) for line in facts(trial))
+        first, *rest = (plain(line) for line in facts(trial))
         return f"<b>{first}</b><br>" + "<br>".join(rest)
 
     return {"hovertext": [text(trial) for trial in trials], "hoverinfo": "text"}
@@ -452,6 +455,6 @@ def _named(trial: Trial) -> str:
     return f"{trial.network} in {recipe} on {words.setting(trial.setting)}"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Escape a text for plotly, which reads HTML tags and entities in its texts."""
     return html.escape(text, quote=False)

@@ -186,6 +186,7 @@ def result_json(study: StudyRecord) -> dict[str, Any]:
         "objective": study.objective,
         **({} if study.answer is None else _answer_json(study, study.answer)),
         "host": study.host.model_dump(mode="json"),
+        **_family_json(study),
         "data": study.data.model_dump(mode="json"),
         "seed": study.seed,
         "versions": dict(study.versions),
@@ -242,6 +243,18 @@ def pareto_json(study: StudyRecord) -> dict[str, Any]:
         "objective": study.objective,
         "accuracy": f"top{axis_k(study)}",
         **{name: [_point_json(trial) for trial in trials] for name, trials in fronts(study).items()},
+        **_family_json(study),
+    }
+
+
+def _family_json(study: StudyRecord) -> dict[str, Any]:
+    """Return what the networks cost by their shapes, and which were not quantized for which engine."""
+    return {
+        "networks": [
+            {**cost.model_dump(mode="json"), "macs": cost.macs, "int8_weight_bytes": cost.weights}
+            for cost in study.networks
+        ],
+        "left_out": [one.model_dump(mode="json") for one in study.left_out],
     }
 
 
