@@ -63,6 +63,7 @@ def families_table(study: StudyRecord) -> Table:
     more: dict[str, Any] = {"first": "descending", **right}
     columns = (
         Column("Network"),
+        Column("Came to"),
         Column("MACs", **right),
         Column("Weights", **right),
         Column(f"Float top-{k}", **more),
@@ -71,7 +72,6 @@ def families_table(study: StudyRecord) -> Table:
         Column("Gain", **more),
         Column(f"Top-{k}", **more),
         Column("Size", **right),
-        Column("Came to", "wider", sorts=False),
     )
     return Table(columns, tuple(_row(study, member, k) for member in members(study)))
 
@@ -149,25 +149,25 @@ def _row(study: StudyRecord, member: Member, k: Literal[1, 5]) -> Row:
     return Row(
         cells=(
             Cell(member.name, sort=member.name),
+            _came_to(member, answer),
             Cell(_count(cost.macs), _kinds(cost), str(cost.macs)) if cost else Cell(),
             Cell(_count(cost.weights), sort=str(cost.weights)) if cost else Cell(),
             _accuracy_cell(before, k),
             _rate_cell(before),
             *quantized,
-            Cell(_came_to(member, answer), " ".join(f"{one.text}." for one in member.left_out)),
         ),
         network=member.name,
         answer=answer,
     )
 
 
-def _came_to(member: Member, answer: bool) -> str:
+def _came_to(member: Member, answer: bool) -> Cell:
     if answer:
-        return "the answer"
-    where = "inside the budget" if member.inside else "outside the budget"
+        return Cell("the answer", sort="0")
+    inside = "inside the budget" if member.inside else "outside the budget"
     if member.best is None:
-        return f"not quantized; float32 is {where}"
-    return where
+        return Cell("not quantized", f"float32 is {inside}", "2")
+    return Cell(inside, sort="1")
 
 
 def _rate_cell(trial: Trial) -> Cell:
@@ -196,7 +196,8 @@ def _count(value: int) -> str:
 
 def _kinds(cost: NetworkCost) -> str:
     kinds = (("dense", cost.dense_macs), ("1x1", cost.pointwise_macs), ("depthwise", cost.depthwise_macs))
-    return ", ".join(f"{100 * count / cost.macs:.0f} % {name}" for name, count in kinds if count)
+    shares = [(f"{100 * count / max(cost.macs, 1):.0f}", name) for name, count in kinds]
+    return ", ".join(f"{share} % {name}" for share, name in shares if share != "0")
 
 
 def _add_member(figure: go.Figure, study: StudyRecord, member: Member, k: Literal[1, 5]) -> Key:

@@ -86,7 +86,7 @@ def render(study: StudyRecord) -> str:
         bytes=size,
         families=families_table(study),
         families_plot=families_plot(study),
-        left_out=_left_out(study),
+        left_out=[one.text for one in study.left_out],
         trials=tables.trials_table(study),
         networks=networks,
         engines=[(name, words.engine(name)) for name in sorted({t.setting.engine for t in study.trials})],
@@ -179,14 +179,6 @@ def _caption(study: StudyRecord) -> str:
     )
     limit = f" The dashed line is the budget {budget.text}." if budget else ""
     return f"{hollow}{dotted}. Bars are {bars}.{limit}".removeprefix(".").strip()
-
-
-def _left_out(study: StudyRecord) -> str:
-    """Count the networks that were not quantized on an engine."""
-    if not study.left_out:
-        return ""
-    pairs = words.several(len(study.left_out), "pair", "pairs")
-    return f" {pairs} of network and engine had no hope of being the answer, and cost no quantizing."
 
 
 def _panels(study: StudyRecord) -> list[Panel]:

@@ -87,7 +87,7 @@ class Family:
     # Who goes first
 
     def by_promise(self) -> list[Pair]:
-        """Order pairs of network and engine whose float32 ran.
+        """Order pairs of network and engine, the float32 of whose network ran somewhere.
 
         Those whose float32 is inside the budgets first, then by the speed they are likely to reach (for size
         by their weights), or that of their float32 where nothing is forecast.
@@ -105,7 +105,10 @@ class Family:
         if cost is not None and self.view.terms.objective == "size":
             return -float(cost.weights)
         found = self.forecast(pair)
-        return self.view.float_speed(pair) if found is None else found.likely
+        if found is not None:
+            return found.likely
+        known = self.view.has(*pair, "float32")  # where not, that comes first, to order by
+        return self.view.float_speed(pair) if known else math.inf
 
     # What a pair may reach
 

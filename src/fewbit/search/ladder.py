@@ -109,18 +109,18 @@ class Ladder:
 
 
 def float32(view: Standing, _: Aids) -> Proposal | None:
-    """Every network in float32 on every engine: the accuracy to keep and the speed to beat.
-
-    All on the first engine, then on the next, where a network that is clearly outside has no place.
-    """
-    return _first_new(
-        view,
-        (
-            Proposal(rung="float32", network=n, engine=e, recipe="float32", base="float32")
-            for e in view.terms.engines
-            for n in view.terms.networks
-            if not _out_of_the_race(view, n)
-        ),
+    """Every network in float32 on one engine, the accuracy to keep; on others where it has a hope there."""
+    unknown = (
+        Pair(n, e)
+        for e in view.terms.engines
+        for n in view.terms.networks
+        if view.float_trial(n) is None and not view.has(n, e, "float32")
+    )
+    pair = next(unknown, None) or _next_plain(view)
+    if pair is None or view.has(*pair, "float32"):
+        return None
+    return Proposal(
+        rung="float32", network=pair.network, engine=pair.engine, recipe="float32", base="float32"
     )
 
 
@@ -146,12 +146,16 @@ def int8(view: Standing, _: Aids) -> Proposal | None:
 
 
 def _next_plain(view: Standing) -> Pair | None:
-    """Return the most promising pair that bfloat16 or plain int8 were not tried on, of those with a hope.
+    """Return the most promising pair that float32, bfloat16 or int8 were not tried on, if it has a hope.
 
-    Both are tried on it before the next one, so that the bar is high when the less promising come.
+    All three are tried on it before the next one, so that the bar is high when the less promising come.
     """
-    family = Family(view)
-    new = (p for p in family.by_promise() if _lacks_bf16(view, p) or not view.has(*p, PLAIN))
+    family, always = Family(view), ("float32", PLAIN)
+    new = (
+        p
+        for p in family.by_promise()
+        if _lacks_bf16(view, p) or not all(view.has(*p, name) for name in always)
+    )
     return next((p for p in new if family.hopeless(p) is None), None)
 
 
@@ -334,12 +338,6 @@ def _int8_proposal(rung: str, pair: Pair, name: str) -> Proposal:
 
 def _first_new(view: Standing, proposals: Iterator[Proposal]) -> Proposal | None:
     return next((p for p in proposals if not view.has(p.network, p.engine, p.recipe)), None)
-
-
-def _out_of_the_race(view: Standing, network: str) -> bool:
-    """Its float32 ran and is clearly outside the budget, while another network is inside."""
-    known = view.float_trial(network) is not None
-    return known and view.hopeless(network) and view.best() is not None
 
 
 def _climbing(view: Standing) -> list[Pair]:

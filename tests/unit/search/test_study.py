@@ -439,3 +439,30 @@ def test_a_file_that_is_made_again_must_be_the_one_measured(fresh: StudyOptions)
         base.execute("DELETE FROM decisions WHERE name = 'answer'")
     again = run_study(replace(fresh, engines=("onnxruntime",), batches=(8,), trials=3, resume=True))
     assert any("made again it is another than was measured" in note for note in again.notes)
+
+
+def test_a_network_that_cannot_be_fast_enough_is_not_quantized(fresh: StudyOptions, tmp_path: Path) -> None:
+    """A network of 300 times the multiplications: its forecast cannot reach the tiny one's speed."""
+    cards = (make_card(tmp_path, "large", width=400), fresh.cards[0])
+    budgets = (parse_budget("top1-drop<=60%"),)
+    given = replace(fresh, cards=cards, engines=("onnxruntime",), batches=(8,), budgets=budgets)
+    told: list[Event] = []
+    first = run_study(replace(given, trials=3), told.append)
+    study = run_study(replace(given, resume=True), told.append)
+    assert [(t.network, t.recipe) for t in study.trials[:3]] == [
+        ("large", "float32"),
+        ("tiny", "float32"),
+        ("tiny", "int8"),
+    ]
+    assert not any(t.network == "large" and t.recipe != "float32" for t in study.trials)
+    (one,) = study.left_out
+    assert (one.network, one.engine, one.reason) == ("large", "onnxruntime", "speed")
+    assert first.left_out and one.high is not None and one.to_beat is not None and one.high < one.to_beat
+    notes = [e.text for e in told if e.text.startswith("not quantized: ")]
+    assert len(notes) == 1 and notes[0].startswith("not quantized: large on onnxruntime: it may reach ")
+    with sqlite3.connect(fresh.out / FILE) as base:
+        (kept,) = base.execute("SELECT value FROM decisions WHERE name = 'left out'").fetchone()
+    assert '"large"' in kept
+    assert {cost.network for cost in study.networks} == {"large", "tiny"}
+    assert study.networks[0].macs > 300 * study.networks[1].macs
+    assert study.answer is not None and study.answer.found
