@@ -166,7 +166,8 @@ def _came_to(member: Member, answer: bool) -> Cell:
         return Cell("the answer", sort="0")
     inside = "inside the budget" if member.inside else "outside the budget"
     if member.best is None:
-        return Cell("not quantized", f"float32 is {inside}", "2")
+        how = ("left out", "2") if member.left_out else ("not tried", "3")
+        return Cell(how[0], f"float32 is {inside}", how[1])
     return Cell(inside, sort="1")
 
 

@@ -85,7 +85,9 @@ def test_the_table_says_what_each_came_to() -> None:
     assert rows["resnet20"]["MACs"].text == "40 M" and rows["resnet20"]["MACs"].note == "100 % dense"
     assert rows["resnet56"]["Came to"].text == "inside the budget"
     last = rows["separable"]["Came to"]
-    assert (last.text, last.note) == ("not quantized", "float32 is inside the budget")
+    assert (last.text, last.note) == ("left out", "float32 is inside the budget")
+    cut_short = families_table(family(left_out=()))
+    assert [row.cells[1].text for row in cut_short.rows][-1] == "not tried"
     assert rows["separable"]["Gain"].text == ""
 
 
