@@ -60,13 +60,13 @@ class Depthwise(nn.Module):
 
 
 class Branches(nn.Module):
-    """Inception-like: ReLU behind a concatenation, a pool on one branch, shuffled channels."""
+    """Inception-like: ReLU behind a concatenation, a pool on one branch, channels shuffled for groups."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Conv2d(3, 8, 1)
         self.b = nn.Conv2d(3, 8, 3, padding=1)
-        self.c = nn.Conv2d(16, 16, 3, 2)
+        self.c = nn.Conv2d(16, 16, 3, 2, groups=2)
         self.d = nn.Conv2d(16, 16, 1)
         self.fc = nn.Linear(32, CLASSES)
 

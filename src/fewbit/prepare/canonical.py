@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fewbit import ops
 from fewbit.net import Net, add_layer
+from fewbit.prepare.unshuffle import unshuffle
 from fewbit.step import Context, Step, StepReport
 
 _IDENTITIES = frozenset({"Dropout", "DropPath", "Identity"})
@@ -18,7 +19,8 @@ class Canonical(Step):
 
     Dropout, stochastic depth and identities go; x * sigmoid(x) becomes SiLU, x * hardsigmoid(x) and
     x * relu6(x + 3) / 6 become hard-swish, relu6(x + 3) / 6 hard-sigmoid; relu(concat(a, b)) becomes
-    concat(relu(a), relu(b)), so that each ReLU stands behind its convolution; zero padding before a
+    concat(relu(a), relu(b)), so that each ReLU stands behind its convolution; channel shuffles go into the
+    order of the channels of the convolutions around them; zero padding before a
     convolution becomes that convolution's own; a 1 x 1 convolution that pads becomes a 3 x 3 one; local
     response normalization takes a faster form.
     """
@@ -29,7 +31,7 @@ class Canonical(Step):
     def __call__(self, net: Net, context: Context) -> StepReport:
         """Rewrite in place."""
         changed = 0
-        for rewrite in (
+        rewrites = [
             drop_identities,
             find_hard_sigmoid,
             find_gates,
@@ -37,10 +39,12 @@ class Canonical(Step):
             fold_pads,
             widen_points,
             speed_norms,
-        ):
+        ]
+        for rewrite in rewrites:
             for layer in net.layers():
                 changed += rewrite(net, layer.node)
             net.refresh()
+        changed += unshuffle(net)
         return StepReport(step="canonical", changed=changed)
 
 
