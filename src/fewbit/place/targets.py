@@ -26,6 +26,8 @@ class Target(Frozen):
         fuses_residual: The engine adds a residual inside the convolution's kernel, in float, so no
             quantizer stands between a convolution and the sum that alone reads it.
         splits_silu: The engine runs SiLU in integers only as a sigmoid and a product.
+        slow_average_pools: An average over codes costs more than the products that a convolution saves
+            behind it.
         exact_sums: Products of u8 and s8 are summed exactly. Else pairs of them go through 16 bits (x86
             without VNNI), and weights take 7 bits at most but in depthwise convolutions, so that they fit.
     """
@@ -38,6 +40,7 @@ class Target(Frozen):
     quantizes_output: bool
     fuses_residual: bool
     splits_silu: bool
+    slow_average_pools: bool = False
     exact_sums: bool = True
 
 
@@ -50,6 +53,7 @@ TARGETS: dict[str, Target] = {
         quantizes_output=True,
         fuses_residual=False,
         splits_silu=True,
+        slow_average_pools=True,
     ),
     "openvino": Target(
         name="openvino",

@@ -20,7 +20,8 @@ class Canonical(Step):
     Dropout, stochastic depth and identities go; x * sigmoid(x) becomes SiLU, x * hardsigmoid(x) and
     x * relu6(x + 3) / 6 become hard-swish, relu6(x + 3) / 6 hard-sigmoid; relu(concat(a, b)) becomes
     concat(relu(a), relu(b)), so that each ReLU stands behind its convolution; channel shuffles go into the
-    order of the channels of the convolutions around them; zero padding before a
+    order of the channels of the convolutions around them; an average pool that strides moves to before a
+    1 x 1 convolution (but for integers of an engine that averages them slowly); zero padding before a
     convolution becomes that convolution's own; a 1 x 1 convolution that pads becomes a 3 x 3 one; local
     response normalization takes a faster form.
     """
@@ -40,6 +41,8 @@ class Canonical(Step):
             widen_points,
             speed_norms,
         ]
+        if context.scheme.mode != "static" or not context.target.slow_average_pools:
+            rewrites.append(swap_pools)
         for rewrite in rewrites:
             for layer in net.layers():
                 changed += rewrite(net, layer.node)
@@ -146,6 +149,40 @@ def swap_concat(net: Net, node: fx.Node) -> bool:
             branches.append(add_layer(net.graph, f"{node.target}.{index}", own, branch))
     source.args = tuple(branches)
     return _replace(net, node, source)
+
+
+def swap_pools(net: Net, node: fx.Node) -> bool:
+    """Move an average pool that strides from behind a 1 x 1 convolution to before it, for fewer products.
+
+    The mean of weighted sums is the weighted sum of means, and a window's weights sum to 1, so a bias stays.
+    """
+    pool = _module(net, node)
+    if not isinstance(pool, nn.AvgPool2d) or not _strides(pool) or not _is_mean(pool):
+        return False
+    chain = [node.args[0]]
+    if isinstance(_module(net, chain[0]), nn.BatchNorm2d):
+        chain.append(chain[0].args[0])  # type: ignore[union-attr]
+    conv = _module(net, chain[-1])
+    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1) or conv.stride != (1, 1):
+        return False
+    if any(ops.pads_of(conv)) or any(len(one.users) != 1 for one in chain if isinstance(one, fx.Node)):
+        return False
+    first = chain[-1]
+    assert isinstance(first, fx.Node) and isinstance(chain[0], fx.Node)
+    with net.graph.graph.inserting_before(first):
+        pooled = net.graph.graph.call_module(str(node.target), (first.args[0],))
+    first.args = (pooled,)
+    return _replace(net, node, chain[0])
+
+
+def _strides(pool: nn.AvgPool2d) -> bool:
+    stride = pool.stride if isinstance(pool.stride, tuple) else (pool.stride, pool.stride)
+    return min(stride) > 1
+
+
+def _is_mean(pool: nn.AvgPool2d) -> bool:
+    """Tell whether every window's weights sum to 1: no padded zero is counted."""
+    return pool.padding in (0, (0, 0)) or not pool.count_include_pad
 
 
 def fold_pads(net: Net, node: fx.Node) -> bool:

@@ -26,6 +26,8 @@ class Small(nn.Module):
         self.a = nn.Conv2d(3, 4, 3, padding=1)
         self.b = nn.Conv2d(3, 4, 3, padding=1)
         self.c = nn.Conv2d(4, 4, 3, padding=1)
+        self.point, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.norm.running_mean.fill_(0.3)
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,6 +55,51 @@ def kinds(net: Net) -> list[str]:
 
 def relu6_gate(x: Tensor) -> Tensor:
     return F.relu6(x + 3)
+
+
+def order(net: Net) -> list[str]:
+    """Kinds of the convolution, the pool and the norm in the order in which they run."""
+    return [layer.kind for layer in net.layers() if layer.kind in ("Conv", "AvgPool", "BatchNorm")]
+
+
+POOLED: dict[str, tuple[Body, list[str]]] = {
+    "plain": (lambda m, x: F.avg_pool2d(m.point(x), 2), ["AvgPool", "Conv"]),
+    "overlapping": (lambda m, x: F.avg_pool2d(m.point(x), 3, 2), ["AvgPool", "Conv"]),
+    "ceiling": (lambda m, x: F.avg_pool2d(m.point(x), 3, 2, ceil_mode=True), ["AvgPool", "Conv"]),
+    "padding not counted": (
+        lambda m, x: F.avg_pool2d(m.point(x), 3, 2, 1, count_include_pad=False),
+        ["AvgPool", "Conv"],
+    ),
+    "norm between": (lambda m, x: F.avg_pool2d(m.norm(m.point(x)), 2), ["AvgPool", "Conv", "BatchNorm"]),
+    "padding counted": (lambda m, x: F.avg_pool2d(m.point(x), 3, 2, 1), ["Conv", "AvgPool"]),
+    "no stride": (lambda m, x: F.avg_pool2d(m.point(x), 3, 1), ["Conv", "AvgPool"]),
+    "wider kernel": (lambda m, x: F.avg_pool2d(m.a(x), 2), ["Conv", "AvgPool"]),
+    "activation between": (lambda m, x: F.avg_pool2d(F.relu(m.point(x)), 2), ["Conv", "AvgPool"]),
+    "read elsewhere": (
+        lambda m, x: F.avg_pool2d(y := m.point(x), 2) + F.max_pool2d(y, 2),
+        ["Conv", "AvgPool"],
+    ),
+    "the image": (lambda m, x: m.point(F.avg_pool2d(x, 2)), ["AvgPool", "Conv"]),
+}
+
+
+@pytest.mark.parametrize("case", POOLED)
+def test_an_average_pool_that_strides_moves_before_a_point(case: str) -> None:
+    body, expected = POOLED[case]
+    torch.manual_seed(0)
+    net = capture(Small(body).eval(), "small", (3, 8, 8))
+    images = torch.randn((3, 3, 8, 8), generator=torch.Generator().manual_seed(1))
+    before = net(images)
+    Canonical()(net, make_context("openvino"))
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), before, rtol=1e-5, atol=1e-6)
+    assert order(net) == expected
+
+
+def test_average_pools_stay_where_the_engine_averages_codes_slowly() -> None:
+    body, _ = POOLED["plain"]
+    net, changed = rewritten(body)
+    assert order(net) == ["Conv", "AvgPool"] and changed == 0
 
 
 REWRITES: dict[str, tuple[Body, list[str]]] = {
