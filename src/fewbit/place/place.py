@@ -193,7 +193,14 @@ class _Plan:
             return layer.name in self.integer
         if self.keeps_float(layer):
             return False
+        if self._is_normed(layer):
+            return any(self.is_wanted(norm) for norm in user.users)
         return layer.kind in self.through and self.is_wanted(user)
+
+    def _is_normed(self, layer: Layer) -> bool:
+        """Tell whether a layer joins tensors for BatchNorms alone, so that each keeps a grid of its own."""
+        readers = [self.layers[user].kind if user in self.layers else "" for user in layer.node.users]
+        return self.target.rounds_for_norms and layer.kind == "Concat" and set(readers) == {"BatchNorm"}
 
     def notes(self) -> tuple[str, ...]:
         """Say which layers stay in float."""

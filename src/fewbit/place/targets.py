@@ -26,6 +26,8 @@ class Target(Frozen):
         fuses_residual: The engine adds a residual inside the convolution's kernel, in float, so no
             quantizer stands between a convolution and the sum that alone reads it.
         splits_silu: The engine runs SiLU in integers only as a sigmoid and a product.
+        rounds_for_norms: What a BatchNorm reads behind a concatenation is worth rounding before it, for the
+            engine normalizes each part alone and reads its codes faster than its values.
         slow_average_pools: An average over codes costs more than the products that a convolution saves
             behind it.
         exact_sums: Products of u8 and s8 are summed exactly. Else pairs of them go through 16 bits (x86
@@ -40,6 +42,7 @@ class Target(Frozen):
     quantizes_output: bool
     fuses_residual: bool
     splits_silu: bool
+    rounds_for_norms: bool = False
     slow_average_pools: bool = False
     exact_sums: bool = True
 
@@ -77,6 +80,7 @@ TARGETS: dict[str, Target] = {
         quantizes_output=False,
         fuses_residual=True,
         splits_silu=False,
+        rounds_for_norms=True,
     ),
 }
 
