@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import resources
@@ -90,6 +90,32 @@ class Recipe(Frozen):
         rules = tuple(Rule(match=layer, keep_float=True) for layer in layers)
         scheme = self.scheme.model_copy(update={"rules": rules + self.scheme.rules})
         return self.model_copy(update={"scheme": scheme})
+
+    def with_widths(self, bits: Mapping[str, int]) -> Recipe:
+        """Return the same recipe with other widths for the weights of some layers.
+
+        These take the place of the recipe's rules for the layers. Where `calibrate` finds the ranges of
+        weights, those of least squared error are taken, for the largest weight alone sets the step of few
+        codes too wide.
+
+        Args:
+            bits: Width by name of a layer.
+
+        Example:
+            >>> narrow = read_recipe("int8").with_widths({"conv1": 4})
+            >>> [(rule.match, rule.weights.bits) for rule in narrow.scheme.rules]
+            [('conv1', 4)]
+            >>> narrow.steps[-1]
+            {'use': 'calibrate', 'weights': 'mse'}
+        """
+        weights = self.scheme.weights
+        rules = tuple(
+            Rule(match=layer, weights=weights.model_copy(update={"bits": width}))
+            for layer, width in bits.items()
+        )
+        scheme = self.scheme.model_copy(update={"rules": rules + self.scheme.rules})
+        steps = tuple(s | {"weights": "mse"} if s.get("use") == "calibrate" else s for s in self.steps)
+        return self.model_copy(update={"scheme": scheme, "steps": steps})
 
     def with_pixels(self) -> Recipe:
         """Return the same recipe with the preprocessing of images folded into the first layer.

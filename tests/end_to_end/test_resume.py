@@ -159,6 +159,21 @@ def test_three_kills(folder: Path, by_size: tuple[StudyRecord, float], tmp_path:
     assert (tmp_path / "out/best/model.onnx").read_bytes() == (folder / "size/best/model.onnx").read_bytes()
 
 
+def test_kills_among_fewer_bits(folder: Path, tmp_path: Path) -> None:
+    begin = time.perf_counter()
+    calm, _ = Search(folder, tmp_path / "calm", ("top1-drop<=15%",), "size").finish()
+    seconds = time.perf_counter() - begin
+    search = Search(folder, tmp_path / "out", ("top1-drop<=15%",), "size")
+    study, killed = _disturb(search, seconds / 2, kills=3, seed=1)
+    assert killed == 3
+    assert [t for t in calm.trials if t.rung == "widths" and t.packed_bytes]
+    assert list(_named(study)) == list(_named(calm))
+    assert _same_accuracies(study, calm) == set(_named(calm))
+    sizes = [{t.key: t.packed_bytes for t in record.trials} for record in (study, calm)]
+    assert sizes[0] == sizes[1]
+    assert study.answer is not None and calm.answer is not None and study.answer.key == calm.answer.key
+
+
 def test_a_killed_search_leaves_no_process(folder: Path, tmp_path: Path) -> None:
     search = Search(folder, tmp_path / "out", ("top1-drop<=12%",), "throughput")
     with search.start() as process:

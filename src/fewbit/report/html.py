@@ -115,11 +115,21 @@ def _facts(study: StudyRecord) -> tuple[Fact, ...]:
     before = float_bytes(study, trial.network)
     against = (f"float32: {words.size(before)}, {before / trial.bytes:.1f}x as much",) if before else ()
     facts.append(Fact("Size of the file", words.size(trial.bytes), against))
+    if trial.packed_bytes:
+        facts.append(_packed_fact(trial, before))
     if trial.placement is not None:
         integers, floats = trial.placement.integer_operators, trial.placement.float_operators
         rest = f"{floats} in float; their reasons are below" if floats else "none in float"
         facts.append(Fact("Operators in integers", f"{integers} of {integers + floats}", (rest,)))
     return tuple(facts)
+
+
+def _packed_fact(trial: Trial, before: int | None) -> Fact:
+    why = "counted with the codes of weights under 8 bits packed; in the file they take a byte each"
+    against = (
+        (f"float32: {words.size(before)}, {before / trial.packed_bytes:.1f}x as much",) if before else ()
+    )
+    return Fact("Size with weights packed", words.size(trial.packed_bytes), (*against, why))
 
 
 def _speed_fact(study: StudyRecord) -> Fact:

@@ -170,7 +170,8 @@ def facts(trial: Trial) -> Iterator[str]:
             yield f"{ratio} the speed of the fastest float32"
         yield f"{timing.images_per_s:,.0f} images/s, {words.milliseconds(timing.ms_per_batch_p50)} a batch"
     if trial.bytes:
-        yield words.size(trial.bytes)
+        packed = f", {words.size(trial.packed_bytes)} with weights packed" if trial.packed_bytes else ""
+        yield words.size(trial.bytes) + packed
     if trial.placement is not None:
         placement = trial.placement
         yield f"{placement.integer_operators} operators in integers, {placement.float_operators} in float"
@@ -231,9 +232,10 @@ def _layout(study: StudyRecord, axis: _Axis, shown: Sequence[Trial]) -> go.Layou
 
 def _axis(study: StudyRecord, against: Against) -> _Axis:
     if against == "bytes":
+        packed = any(trial.packed_bytes for trial in study.trials)
         return _Axis(
-            "bytes of the exported file",
-            lambda trial: trial.bytes or None,
+            f"bytes of the exported file{', weights under 8 bits packed' if packed else ''}",
+            lambda trial: trial.counted_bytes or None,
             lambda trial: None,
             lambda value: words.size(round(value)),
             {"tickformat": "~s", "ticksuffix": "B"},

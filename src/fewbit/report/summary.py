@@ -165,11 +165,11 @@ def front(trials: Sequence[Trial], benefit: Callable[[Trial], float | None], k: 
 
 
 def fronts(study: StudyRecord) -> dict[str, tuple[Trial, ...]]:
-    """Return the Pareto fronts of accuracy against "speed" and against "bytes"."""
+    """Return the Pareto fronts of accuracy against "speed" and against "bytes", those of weights packed."""
     k = axis_k(study)
     return {
         "speed": front(study.trials, speed(study), k),
-        "bytes": front(study.trials, lambda trial: -trial.bytes if trial.bytes else None, k),
+        "bytes": front(study.trials, lambda trial: -trial.counted_bytes if trial.bytes else None, k),
     }
 
 
@@ -178,7 +178,9 @@ def result_json(study: StudyRecord) -> dict[str, Any]:
 
     `digest` is the first 12 hexadecimal digits of the SHA-256 of the recipe's TOML text; `accuracy` and
     `versus_float` are of the search images, `holdout` of those that only finalists see. Without an
-    answer only what is known of the study is there, with `found` false.
+    answer only what is known of the study is there, with `found` false. `packed_bytes` is what the file would
+    take were the codes of weights under 8 bits packed at their widths, null where there are none; the
+    objective "size" compares it, and a budget on bytes `bytes`.
     """
     return {
         "found": study.answer is not None and study.answer.found,
@@ -220,6 +222,7 @@ def _answer_json(study: StudyRecord, answer: Answer) -> dict[str, Any]:
             "overall": answer.overall and _overall_json(answer.overall),
         },
         "bytes": trial.bytes,
+        "packed_bytes": trial.packed_bytes or None,
         "float_bytes": float_bytes(study, trial.network),
         "placement": placement
         and {"integer_operators": placement.integer_operators, "float_operators": placement.float_operators},
@@ -278,8 +281,10 @@ def _gain(study: StudyRecord, answer: Answer) -> list[Part]:
     trial, timing = answer_trial(study), answer.timing
     before = float_bytes(study, trial.network)
     if study.objective == "size":
-        parts.append(Part(words.size(trial.bytes), "figure"))
-        parts.append(Part(f", {trial.bytes / before:.2f}x the bytes of float32, " if before else ", "))
+        parts.append(Part(words.size(trial.counted_bytes), "figure"))
+        file = f" with weights packed (the file has {words.size(trial.bytes)})"
+        share = f"{trial.counted_bytes / before:.2f}x the bytes of float32, " if before else ""
+        parts.append(Part(f"{file if trial.packed_bytes else ''}, {share}"))
     if study.objective == "latency":
         parts += [Part(words.milliseconds(timing.ms_per_batch_p50), "figure"), Part(" a batch, ")]
     role: Role = "strong" if parts else "figure"
@@ -366,6 +371,7 @@ def _point_json(trial: Trial) -> dict[str, Any]:
             "interval95": _ends(timing.ratio_interval),
         },
         "bytes": trial.bytes,
+        "packed_bytes": trial.packed_bytes or None,
     }
 
 

@@ -217,10 +217,17 @@ def _trial_cells(trial: Trial, k: Literal[1, 5]) -> tuple[Cell, ...]:
         else Cell(),
         _share(top(accuracy, k), accuracy.interval(k)) if accuracy else Cell(),
         *_drop_cells(trial, k),
-        Cell(words.size(trial.bytes), sort=str(trial.bytes)) if trial.bytes else Cell(),
+        _size(trial),
         _integers(trial.placement),
         Cell(trial.rung, words.duration(trial.seconds), trial.rung),
     )
+
+
+def _size(trial: Trial) -> Cell:
+    if not trial.bytes:
+        return Cell()
+    packed = f"{words.size(trial.packed_bytes)} with weights packed" if trial.packed_bytes else ""
+    return Cell(words.size(trial.bytes), packed, str(trial.counted_bytes))
 
 
 def _drop_cells(trial: Trial, k: Literal[1, 5]) -> tuple[Cell, Cell]:

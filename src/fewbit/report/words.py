@@ -144,11 +144,15 @@ def recipe(name: str, keep_float: Sequence[str] = ()) -> str:
     ('int8 (percentile ranges)', 'my-own', 'int8 (min-max ranges, 1 layer in float)')
     >>> recipe("int8-pixels")
     'int8 (min-max ranges, uint8 pixels in)'
+    >>> recipe("int8-mse-float1-widths7", ["conv1"])
+    'int8 (ranges of least squared error, 1 layer in float, weights of several widths)'
     """
     plain = name.removesuffix("-pixels")
-    base = re.sub(r"-(float|mixed)\d+$", "", plain) if keep_float else plain
+    wide = re.sub(r"-widths\d+$", "", plain)
+    base = re.sub(r"-(float|mixed)\d+$", "", wide) if keep_float else wide
     text = RECIPES.get(base, base)
     more = [f"{several(len(keep_float), 'layer')} in float"] if keep_float else []
+    more += ["weights of several widths"] if wide != plain else []
     more += ["uint8 pixels in"] if plain != name else []
     if not more:
         return text

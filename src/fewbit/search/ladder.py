@@ -17,6 +17,7 @@ from fewbit.search.family import GAIN_OF_PIXELS, Family
 from fewbit.search.mixed_precision import Mix
 from fewbit.search.standing import Pair, Standing
 from fewbit.search.trial import Trial
+from fewbit.search.weight_widths import Widths
 from fewbit.spec import Frozen, ImageInput
 
 PLAIN = "int8"
@@ -40,6 +41,7 @@ class Proposal(Frozen):
         float_precision: What float operators are computed in.
         keep_float: Layers left in float.
         takes: What the file takes.
+        bits: Widths of weights by layer, where they are not the recipe's.
     """
 
     rung: str
@@ -50,6 +52,7 @@ class Proposal(Frozen):
     float_precision: FloatPrecision = "float32"
     keep_float: tuple[str, ...] = ()
     takes: ImageInput = "float32"
+    bits: tuple[tuple[str, int], ...] = ()
 
 
 class Searcher(Protocol):
@@ -68,16 +71,22 @@ Mixing = Callable[[str, EngineName, str, FloatPrecision], tuple[Mix, ...]]
 """(network, engine, recipe, float precision) -> regions to leave in float, the fastest choice first."""
 
 
+Widening = Callable[[str], tuple[Widths, ...]]
+"""network -> widths of its weights, the smallest choice first."""
+
+
 class Aids(NamedTuple):
     """What rungs ask for beside the standing; each takes a while, so only where it is needed.
 
     Attributes:
         ranking: In which order to leave layers in float.
         mixing: Which regions to leave in float; none where there is no time for it.
+        widening: Which widths to give the weights.
     """
 
     ranking: Ranking
     mixing: Mixing | None = None
+    widening: Widening | None = None
 
 
 class Rung(NamedTuple):
@@ -227,7 +236,7 @@ def float_layers(view: Standing, aids: Aids) -> Proposal | None:
 
 def _base_of(trial: Trial) -> str:
     """Return the shipped recipe that a trial's is made from, by its name."""
-    name = re.sub(r"-(float|mixed)\d+$", "", trial.recipe)
+    name = re.sub(r"(-(float|mixed|widths)\d+)+$", "", trial.recipe)
     return "float32" if name == "bf16" else name
 
 
@@ -293,6 +302,61 @@ def _precision_of(view: Standing, pair: Pair) -> FloatPrecision:
     return "bf16" if view.bf16_holds(pair) else "float32"
 
 
+def widths(view: Standing, aids: Aids) -> Proposal | None:
+    """Fewer bits for weights that can do with fewer; engines read a byte each all the same, so only for size.
+
+    Below the smallest int8 of a network that holds the budget: first with its own rounding, then with codes
+    chosen for the layer's output, which costs more and goes further down.
+    """
+    if aids.widening is None or view.terms.objective != "size":
+        return None
+    for held in _held_in_int8(view):
+        choices = [c for c in aids.widening(held.network) if min(c.bits.values()) < 8]
+        proposal = _next_widths(view, held, choices)
+        if proposal is not None:
+            return proposal
+    return None
+
+
+def _held_in_int8(view: Standing) -> list[Trial]:
+    """Return of each network the int8 trial that would be its answer had weights 8 bits or none."""
+    before = Standing(view.terms, [t for t in view.trials if t.rung != "widths"], view.refuted)
+    found: dict[str, Trial] = {}
+    for trial in finalists(before):
+        if trial.recipe.startswith(PLAIN):
+            found.setdefault(trial.network, trial)
+    return list(found.values())
+
+
+def _next_widths(view: Standing, held: Trial, choices: Sequence[Widths]) -> Proposal | None:
+    """Halve along a front for the fewest bytes inside the budget; what its codes alone exceed is left out."""
+    pair, base = Pair(held.network, held.setting.engine), _base_of(held)
+    kept = held.recipe.removeprefix(base)
+    own = {t.key for t in view.trials if t.rung == "widths" and t.network == held.network}
+    most = -view.value(next(t for t in view.ranked() if t.key not in own))
+    count = sum(choice.code_bytes < most for choice in choices)
+    again = () if base in (*RECONSTRUCTED, WEIGHTS_ONLY) else RECONSTRUCTED
+    names = {r: [f"{r}{kept}-widths{place}" for place in range(count)] for r in (base, *again)}
+    tried = {r: [view.find(*pair, name) for name in row] for r, row in names.items()}
+    inside = [p for row in tried.values() for p, t in enumerate(row) if t is not None and view.meets(t)]
+    high = min(inside, default=count)
+    for rounding, row in tried.items():
+        low = max((p for p, t in enumerate(row) if t is not None and not view.meets(t)), default=-1)
+        if high - low > 1:
+            middle = (low + high) // 2
+            return Proposal(
+                rung="widths",
+                network=pair.network,
+                engine=pair.engine,
+                recipe=names[rounding][middle],
+                base=rounding,
+                float_precision=held.setting.float_precision,
+                keep_float=held.keep_float,
+                bits=tuple(choices[middle].bits.items()),
+            )
+    return None
+
+
 def pixels(view: Standing, _: Aids) -> Proposal | None:
     """The best of each pair fed with pixels as they are, where that may make it the best of all."""
     if "uint8" not in view.terms.inputs or view.terms.objective == "size":
@@ -328,6 +392,7 @@ RUNGS: tuple[Rung, ...] = (
     Rung("weights-only", weights_only),
     Rung("mixed", mixed),
     Rung("float-layers", float_layers),
+    Rung("widths", widths),
     Rung("pixels", pixels),
 )
 

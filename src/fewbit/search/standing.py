@@ -126,7 +126,7 @@ class Standing:
     def value(self, trial: Trial) -> float:
         """Return what the objective asks for, larger is better; minus infinity where not measured."""
         if self.terms.objective == "size":
-            return -float(trial.bytes) if trial.bytes else float("-inf")
+            return -float(trial.counted_bytes) if trial.bytes else float("-inf")
         if trial.timing is None:
             return float("-inf")
         ratio = trial.timing.ratio
@@ -227,6 +227,7 @@ class Standing:
             if _pair(t) == pair
             and t.keep_float
             and t.takes == "float32"
+            and t.rung != "widths"
             and t.recipe.startswith(f"{base}-float")
         ]
 
@@ -269,4 +270,4 @@ def _pair(trial: Trial) -> Pair:
 
 
 def _is_int8(trial: Trial) -> bool:
-    return trial.recipe.startswith("int8") and trial.takes == "float32"
+    return trial.recipe.startswith("int8") and trial.takes == "float32" and trial.rung != "widths"

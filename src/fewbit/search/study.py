@@ -30,6 +30,7 @@ from fewbit.search.standing import Standing, Terms
 from fewbit.search.trial import Answer, DataRecord, LeftOut, StudyRecord, Trial
 from fewbit.search.trials import Trials
 from fewbit.search.watch import Event, EventKind, Watch, silence
+from fewbit.search.weight_widths import Widths
 from fewbit.search.workbench import Workbench
 
 __all__ = ["read_study", "run_study"]
@@ -41,6 +42,8 @@ _MINUTES_TO_MIX = 8.0
 _LEAST_MS_TO_MIX = 2.0  # of a batch: below, the times of its regions are lost in noise
 _MIXES = TypeAdapter(tuple[Mix, ...])
 _LEFT_OUT = TypeAdapter(tuple[LeftOut, ...])
+_WIDTHS = TypeAdapter(tuple[Widths, ...])
+_SHARE_FOR_WIDTHS = 0.4
 
 
 class _Known(NamedTuple):
@@ -129,7 +132,7 @@ class _Search:
     def _climb(self) -> Proposal | None:
         """Measure what the ladder proposes; return what it would next where time or trials are out."""
         mixing = self._mixing if self._has_time_to_mix() else None
-        ladder = Ladder(lambda history: self._standing(), Aids(self._ranking, mixing))
+        ladder = Ladder(lambda history: self._standing(), Aids(self._ranking, mixing, self._widening))
         while (proposal := ladder.propose(self.history)) is not None and self._may_go_on():
             self._tell_left_out()
             self._measure(proposal)
@@ -298,6 +301,24 @@ class _Search:
             kept = _MIXES.dump_json(mixes).decode()
             self.journal.decide(name, kept)
         return _MIXES.validate_json(kept)
+
+    def _widening(self, network: str) -> tuple[Widths, ...]:
+        kept = self.journal.decision(name := f"widths {network}")
+        if kept is None:
+            left = self._left_s()
+
+            def tell(done: float) -> None:
+                self._tell("progress", f"{network}: what each width of weights costs", done)
+
+            try:
+                limit_s = None if left is None else _SHARE_FOR_WIDTHS * left
+                found = self.trials.benches[network].widths(limit_s, tell)
+            except FewbitError as reason:
+                self._note(f"{network}: weights under 8 bits were not tried ({reason})")
+                return ()
+            kept = _WIDTHS.dump_json(found).decode()
+            self.journal.decide(name, kept)
+        return _WIDTHS.validate_json(kept)
 
     def _has_time_to_mix(self) -> bool:
         minutes = self.known.options.minutes

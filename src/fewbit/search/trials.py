@@ -42,6 +42,7 @@ class _Findings:
     placement: Placement | None = None
     layers: tuple[LayerRecord, ...] = ()
     bytes: int = 0
+    packed_bytes: int = 0
     dropped: str = ""
 
 
@@ -115,6 +116,7 @@ class Trials:
             else None,
             timing=found.timing,
             bytes=found.bytes,
+            packed_bytes=found.packed_bytes,
             placement=found.placement,
             layers=found.layers,
             seconds=time.perf_counter() - begin,
@@ -166,7 +168,7 @@ class Trials:
     ) -> None:
         """Fill the findings in, the cheap and telling first; what was found stays when an engine fails."""
         built = self._build(bench, recipe, proposal.engine, inside)
-        found.bytes = built.bytes
+        found.bytes, found.packed_bytes = built.bytes, built.packed_bytes
         found.placement = self.sessions.get(built.path, found.setting).placement()
         plain = proposal.recipe == PLAIN
         if plain:  # its speed bounds what every later rung can reach, so it is always timed
@@ -237,8 +239,9 @@ class Trials:
     def _too_slow(self, proposal: Proposal, view: Standing, found: _Findings) -> str:
         """Say which proven trial is better already in what is asked for, empty where none is."""
         if view.terms.objective == "size":
-            smaller = next((t for t in view.ranked() if view.proven(t) and t.bytes < found.bytes), None)
-            return "" if smaller is None else f"{found.bytes} bytes; {describe(smaller)} has {smaller.bytes}"
+            size = found.packed_bytes or found.bytes
+            smaller = next((t for t in view.ranked() if view.proven(t) and t.counted_bytes < size), None)
+            return "" if smaller is None else f"{size} bytes; {describe(smaller)} has {smaller.counted_bytes}"
         assert found.timing is not None
         faster = view.too_slow(proposal.network, found.timing)
         if faster is None or faster.timing is None:

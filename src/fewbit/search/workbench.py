@@ -16,6 +16,7 @@ from fewbit.data.image_set import ImageSet
 from fewbit.engines.session import EngineName, Setting
 from fewbit.export.facts import describe_export, sums_of
 from fewbit.export.onnx_out import export_onnx
+from fewbit.export.packed import packed_bytes
 from fewbit.load.card import Card
 from fewbit.net import Net
 from fewbit.place.targets import target
@@ -26,6 +27,7 @@ from fewbit.search.mixed_precision import Mix, mix_precisions
 from fewbit.search.ranking import images_for_ranking, rank_layers
 from fewbit.search.region_probe import RegionProbe
 from fewbit.search.trial import LayerRecord
+from fewbit.search.weight_widths import Widths, choose_widths
 from fewbit.sensitivity.sqnr import layer_records
 from fewbit.step import Context
 from fewbit.version import __version__
@@ -61,6 +63,11 @@ class Built:
     def bytes(self) -> int:
         """Size of the file."""
         return self.path.stat().st_size
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size of the file were its narrow weights packed; see `fewbit.export.packed.packed_bytes`."""
+        return packed_bytes(self.net, self.bytes)
 
 
 def digest_network(card: Card, net: Net) -> str:
@@ -123,11 +130,13 @@ class Workbench:
     def recipe(self, proposal: Proposal) -> Recipe:
         """Return the recipe of a proposal."""
         made = read_recipe(proposal.base)
+        if proposal.bits:
+            made = made.with_widths(dict(proposal.bits))
         if proposal.keep_float:
             made = made.with_float(proposal.keep_float)
         if proposal.takes == "uint8":
             made = made.with_pixels()
-        own = not proposal.keep_float and proposal.takes == "float32"
+        own = not proposal.keep_float and not proposal.bits and proposal.takes == "float32"
         return made if own else made.model_copy(update={"name": proposal.recipe})
 
     def file_of(self, recipe: Recipe, engine: EngineName) -> Path:
@@ -181,6 +190,21 @@ class Workbench:
             return mix_precisions(probe, few, tell=tell)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def widths(self, limit_s: float | None, tell: Callable[[float], None]) -> tuple[Widths, ...]:
+        """Return which widths to give the weights of each layer; see `choose_widths`.
+
+        Args:
+            limit_s: Seconds that this may take; none for as long as it takes.
+            tell: Told the fraction done.
+
+        Raises:
+            FewbitError: It would take longer.
+        """
+        few = list(self._some(images_for_ranking(self.card.input.size)))
+        context = self._context("onnxruntime", None)
+        folded, _ = run_recipe(read_recipe("float32"), self.net, context)
+        return choose_widths(folded, few, limit_s=limit_s, tell=tell)
 
     def _context(self, engine: EngineName, advance: Advance | None) -> Context:
         exact = engine not in self.saturating

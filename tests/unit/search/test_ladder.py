@@ -14,6 +14,7 @@ from fewbit.search.ladder import BETTER_RANGES, CORRECTED, RECONSTRUCTED, Aids, 
 from fewbit.search.mixed_precision import Mix
 from fewbit.search.standing import Objective, Standing, Terms
 from fewbit.search.trial import Trial, TrialState
+from fewbit.search.weight_widths import Widths
 
 IMAGES = 4000
 FLOAT_ERRORS = 600  # 15 %
@@ -27,6 +28,7 @@ def trial(
     state: TrialState = "measured",
     size: int = 1000,
     images: int = IMAGES,
+    packed: int = 0,
 ) -> Trial:
     """A trial whose float32 has 15 % errors and whose every surplus error is a loss."""
     lost = max(0, errors - FLOAT_ERRORS * images // IMAGES)
@@ -59,6 +61,7 @@ def trial(
         else Comparison(total=images, losses=lost, gains=0, label_changes=lost, losses5=lost, gains5=0),
         timing=None if state == "failed" else timing,
         bytes=size,
+        packed_bytes=packed,
         keep_float=proposal.keep_float,
         takes=proposal.takes,
     )
@@ -67,10 +70,20 @@ def trial(
 Answers = Callable[[Proposal], Trial]
 
 
-def climb(terms: Terms, answer: Answers, most: int = 60, mixes: Sequence[Mix] | None = None) -> list[Trial]:
+def climb(
+    terms: Terms,
+    answer: Answers,
+    most: int = 60,
+    mixes: Sequence[Mix] | None = None,
+    choices: Sequence[Widths] | None = None,
+) -> list[Trial]:
     """Run the ladder to its end against made measurements."""
     history: list[Trial] = []
-    aids = Aids(lambda *_: LAYERS, None if mixes is None else lambda *_: tuple(mixes))
+    aids = Aids(
+        lambda *_: LAYERS,
+        None if mixes is None else lambda *_: tuple(mixes),
+        None if choices is None else lambda *_: tuple(choices),
+    )
     ladder = Ladder(lambda trials: Standing(terms, trials), aids)
     while (proposal := ladder.propose(history)) is not None:
         again = ladder.propose(tuple(history))
@@ -532,3 +545,80 @@ def test_the_recipe_behind_a_trial_is_read_off_its_name(recipe: str, base: str) 
     best = Proposal(rung="int8", network="net", engine="openvino", recipe=recipe, base=base)
     proposal = pixels(Standing(terms, [trial(best, 600, 500.0)]), Aids(lambda *_: LAYERS))
     assert proposal is not None and (proposal.recipe, proposal.base) == (f"{recipe}-pixels", base)
+
+
+def by_width(
+    needed: dict[str, int], objective: Objective = "size", int8_holds: bool = True, most: int = 40
+) -> list[Trial]:
+    """Climb for size where a rounding holds the budget from a place of the front on; 8 places, 2 to 9 bits."""
+    choices = [
+        Widths(bits={"conv1": min(8, place + 2)}, code_bytes=100.0 * (place + 1), loss=1.0 / (place + 1))
+        for place in range(8)
+    ]
+
+    def answer(p: Proposal) -> Trial:
+        if p.recipe == "float32":
+            return trial(p, 600, 100.0, size=4000)
+        if not p.bits:
+            return trial(p, 600 if int8_holds or len(p.keep_float) > 2 else 900, 300.0, size=1000)
+        place = int(p.recipe.rpartition("widths")[2])
+        assert dict(p.bits) == choices[place].bits
+        holds = place >= needed[p.base]
+        return trial(p, 600 if holds else 900, 300.0, size=1010, packed=120 + 100 * place)
+
+    asked = terms("top1-drop<=1%", engines=("onnxruntime",), objective=objective)
+    return climb(asked, answer, most, choices=choices)
+
+
+def test_fewer_bits_are_halved_for_first_rounded_then_reconstructed() -> None:
+    history = by_width({"int8": 4, "int8-reconstructed": 2})
+    tried = [t.recipe for t in history if t.rung == "widths"]
+    assert tried == [
+        *("int8-widths2", "int8-widths4", "int8-widths3"),  # of 6 places with less than 8 bits
+        *("int8-reconstructed-widths1", "int8-reconstructed-widths2"),
+    ]
+    asked = terms("top1-drop<=1%", engines=("onnxruntime",), objective="size")
+    best = Standing(asked, history).best()
+    assert best is not None and best.recipe == "int8-reconstructed-widths2" and best.counted_bytes == 320
+
+
+def test_fewer_bits_only_for_size_and_only_below_what_holds() -> None:
+    for history in (
+        by_width({"int8": 0, "int8-reconstructed": 0}, objective="throughput"),
+        by_width({"int8": 0, "int8-reconstructed": 0}, objective="latency"),
+    ):
+        assert not [t for t in history if t.rung == "widths"]
+
+
+def test_layers_that_had_to_stay_in_float_stay_so_with_fewer_bits_elsewhere() -> None:
+    history = by_width({p: 3 for p in ("int8", *BETTER_RANGES, *CORRECTED, *RECONSTRUCTED)}, int8_holds=False)
+    narrow = [t for t in history if t.rung == "widths"]
+    assert narrow and all(t.keep_float == LAYERS[:3] for t in narrow)
+    assert all("-float3-widths" in t.recipe for t in narrow)
+    assert [len(t.keep_float) for t in history if t.rung == "float-layers"] == [1, 2, 4, 3]
+
+
+def test_what_the_holdout_images_refused_is_stepped_over_once() -> None:
+    history = by_width({"int8": 4, "int8-reconstructed": 2})
+    asked = terms("top1-drop<=1%", engines=("onnxruntime",), objective="size")
+    refused = {t.key for t in history if t.recipe == "int8-reconstructed-widths2"}
+    choices = [Widths(bits={"conv1": p + 2}, code_bytes=100.0 * (p + 1), loss=1.0) for p in range(8)]
+    ladder = Ladder(
+        lambda trials: Standing(asked, trials, refused), Aids(lambda *_: LAYERS, None, lambda *_: tuple(choices))
+    )
+    following = ladder.propose(history)
+    assert following is not None and following.recipe == "int8-reconstructed-widths3"
+
+
+def test_a_smaller_network_leaves_no_room_for_fewer_bits_of_a_larger_one() -> None:
+    choices = [Widths(bits={"conv1": 4}, code_bytes=500.0, loss=1.0)]
+
+    def answer(p: Proposal) -> Trial:
+        small = p.network == "small"
+        size = (400 if small else 4000) // (1 if p.recipe == "float32" else 4)
+        packed = 0 if not p.bits else 90 if small else 550
+        return trial(p, 600, 100.0, size=size, packed=packed)
+
+    asked = terms("top1-drop<=1%", networks=("large", "small"), engines=("onnxruntime",), objective="size")
+    history = climb(asked, answer, choices=choices)
+    assert not [t for t in history if t.rung == "widths" and t.network == "large"]
