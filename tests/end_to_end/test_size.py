@@ -41,7 +41,9 @@ def test_the_answer_is_smaller_than_int8_and_inside_the_budget(out: Path, study:
     float32 = next(t for t in study.trials if t.recipe == "float32")
     assert result["found"] and "-widths" in result["recipe"]
     assert result["packed_bytes"] < 0.8 * int8.bytes < result["bytes"]
-    assert result["versus_float"]["top1_drop"] <= 0.06 and result["holdout"]["versus_float"]["top1_drop"] <= 0.06
+    assert (
+        result["versus_float"]["top1_drop"] <= 0.06 and result["holdout"]["versus_float"]["top1_drop"] <= 0.06
+    )
     assert result["bytes"] == (out / "best" / "model.onnx").stat().st_size
     assert result["float_bytes"] == float32.bytes
     assert int8.packed_bytes == 0 and float32.packed_bytes == 0

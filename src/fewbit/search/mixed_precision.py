@@ -60,7 +60,7 @@ def mix_precisions(
         EngineError: The engine does not run one of the files.
     """
     latency = probe.guess()
-    losses = _losses(probe, images)
+    losses = region_losses(probe, images)
     found = _front(probe, latency, losses)
     if assignments and found and found[0].ratio < _WORTH:
         drawn = probe.draw(assignments, probe.seed)
@@ -69,7 +69,13 @@ def mix_precisions(
     return found
 
 
-def _losses(probe: RegionProbe, images: Sequence[Tensor]) -> dict[str, float]:
+def region_losses(probe: RegionProbe, images: Sequence[Tensor]) -> dict[str, float]:
+    """Return the KL divergence of the answers when each region alone is in integers, by its name.
+
+    Args:
+        probe: The network, and what its integers are.
+        images: Float32 (N, C, H, W).
+    """
     scheme = probe.recipe.scheme
     row = KL(activations=scheme.activations)
     shown = [(batch, None) for batch in images]

@@ -550,7 +550,7 @@ def test_the_recipe_behind_a_trial_is_read_off_its_name(recipe: str, base: str) 
 def by_width(
     needed: dict[str, int], objective: Objective = "size", int8_holds: bool = True, most: int = 40
 ) -> list[Trial]:
-    """Climb for size where a rounding holds the budget from a place of the front on; 8 places, 2 to 9 bits."""
+    """Climb for size where a rounding holds the budget from a place of the front on; there are 8."""
     choices = [
         Widths(bits={"conv1": min(8, place + 2)}, code_bytes=100.0 * (place + 1), loss=1.0 / (place + 1))
         for place in range(8)
@@ -591,7 +591,9 @@ def test_fewer_bits_only_for_size_and_only_below_what_holds() -> None:
 
 
 def test_layers_that_had_to_stay_in_float_stay_so_with_fewer_bits_elsewhere() -> None:
-    history = by_width({p: 3 for p in ("int8", *BETTER_RANGES, *CORRECTED, *RECONSTRUCTED)}, int8_holds=False)
+    history = by_width(
+        dict.fromkeys(("int8", *BETTER_RANGES, *CORRECTED, *RECONSTRUCTED), 3), int8_holds=False
+    )
     narrow = [t for t in history if t.rung == "widths"]
     assert narrow and all(t.keep_float == LAYERS[:3] for t in narrow)
     assert all("-float3-widths" in t.recipe for t in narrow)
@@ -604,7 +606,8 @@ def test_what_the_holdout_images_refused_is_stepped_over_once() -> None:
     refused = {t.key for t in history if t.recipe == "int8-reconstructed-widths2"}
     choices = [Widths(bits={"conv1": p + 2}, code_bytes=100.0 * (p + 1), loss=1.0) for p in range(8)]
     ladder = Ladder(
-        lambda trials: Standing(asked, trials, refused), Aids(lambda *_: LAYERS, None, lambda *_: tuple(choices))
+        lambda trials: Standing(asked, trials, refused),
+        Aids(lambda *_: LAYERS, None, lambda *_: tuple(choices)),
     )
     following = ladder.propose(history)
     assert following is not None and following.recipe == "int8-reconstructed-widths3"
