@@ -159,6 +159,7 @@ def test_three_kills(folder: Path, by_size: tuple[StudyRecord, float], tmp_path:
     assert (tmp_path / "out/best/model.onnx").read_bytes() == (folder / "size/best/model.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_kills_among_fewer_bits(folder: Path, tmp_path: Path) -> None:
     begin = time.perf_counter()
     calm, _ = Search(folder, tmp_path / "calm", ("top1-drop<=15%",), "size").finish()

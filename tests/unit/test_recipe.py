@@ -304,3 +304,18 @@ def test_a_layer_left_in_float_is_meant_by_its_name_alone(name: str) -> None:
     )
     left = [layer.name for layer in net.layers() if type(layer.module) is nn.Conv2d]
     assert left == [name]
+
+
+def test_other_widths_go_before_the_recipes_own_rules_and_keep_the_grid() -> None:
+    recipe = read_recipe("w4a8-reconstructed").with_widths({"conv1": 3, "fc": 8})
+    assert [(r.match, r.weights and r.weights.bits) for r in recipe.scheme.rules[:2]] == [
+        ("conv1", 3),
+        ("fc", 8),
+    ]
+    assert recipe.scheme.rules[2:] == read_recipe("w4a8-reconstructed").scheme.rules
+    assert recipe.scheme.rules[0].weights == recipe.scheme.weights.model_copy(update={"bits": 3})
+    kept = recipe.with_float(["conv1"])
+    assert kept.scheme.rules[0].keep_float and kept.scheme.rules[0].match == "conv1"
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    steps = read_recipe("int8-percentile").with_widths({"fc": 4}).steps
+    assert steps[-1] == {"use": "calibrate", "activations": "percentile", "weights": "mse"}

@@ -145,7 +145,7 @@ def recipe(name: str, keep_float: Sequence[str] = ()) -> str:
     >>> recipe("int8-pixels")
     'int8 (min-max ranges, uint8 pixels in)'
     >>> recipe("int8-mse-float1-widths7", ["conv1"])
-    'int8 (ranges of least squared error, 1 layer in float, weights of several widths)'
+    'int8 (MSE ranges, 1 layer in float, weights of several widths)'
     """
     plain = name.removesuffix("-pixels")
     wide = re.sub(r"-widths\d+$", "", plain)

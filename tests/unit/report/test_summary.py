@@ -69,6 +69,23 @@ def test_sentence_for_size_leads_with_bytes_and_says_them_once() -> None:
     assert text.count("310 kB") == 1
 
 
+def test_packed_weights_are_told_from_the_file() -> None:
+    record = study(objective="size")
+    best = answer_trial(record)
+    narrow = best.model_copy(update={"packed_bytes": 150_000})
+    packed = record.model_copy(
+        update={"trials": tuple(narrow if t.key == best.key else t for t in record.trials)}
+    )
+    assert "150 kB with weights packed (the file has 310 kB), 0.14x the bytes of float32, " in sentence(
+        packed
+    )
+    assert result_json(packed)["bytes"] == best.bytes and result_json(packed)["packed_bytes"] == 150_000
+    assert result_json(record)["packed_bytes"] is None
+    assert narrow.key in [t.key for t in fronts(packed)["bytes"]]
+    points = pareto_json(packed)["bytes"]
+    assert [p["packed_bytes"] for p in points if p["packed_bytes"]] == [150_000]
+
+
 def test_sentence_for_latency_leads_with_the_time_of_a_batch() -> None:
     text = sentence(study(budgets=("top1-drop<=1%", "latency<=5ms"), objective="latency"))
     assert ": 1.55 ms a batch, 2.41x [2.33, 2.48] the speed" in text

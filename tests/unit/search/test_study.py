@@ -466,3 +466,23 @@ def test_a_network_that_cannot_be_fast_enough_is_not_quantized(fresh: StudyOptio
     assert {cost.network for cost in study.networks} == {"large", "tiny"}
     assert study.networks[0].macs > 300 * study.networks[1].macs
     assert study.answer is not None and study.answer.found
+
+
+def test_a_search_for_size_that_stops_and_goes_on_tries_the_same_widths(tmp_path: Path) -> None:
+    card = make_card(tmp_path, width=32)
+    make_images(tmp_path / "images", width=32, images=300)
+    more = {"objective": "size", "engines": ("onnxruntime",)}
+    given = options(tmp_path, (card,), "top1-drop<=12%", **more)
+    whole = run_study(replace(given, out=tmp_path / "whole", trials=6))
+    stopped = run_study(replace(given, trials=4))
+    study = run_study(replace(given, trials=6, resume=True))
+    assert [len(s.trials) for s in (whole, stopped, study)] == [6, 4, 6]
+    for one, other in zip(study.trials, whole.trials, strict=True):
+        assert (one.key, one.accuracy, one.packed_bytes) == (other.key, other.accuracy, other.packed_bytes)
+    narrow = [t for t in study.trials if t.rung == "widths"]
+    assert narrow and all(0 < t.packed_bytes < t.bytes for t in narrow)
+    assert study.answer is not None and whole.answer is not None and study.answer.found
+    assert study.answer.key == whole.answer.key
+    smallest = next(t for t in study.trials if t.key == study.answer.key)
+    int8 = next(t for t in study.trials if t.recipe == "int8")
+    assert smallest in narrow and smallest.counted_bytes < int8.bytes < smallest.bytes
