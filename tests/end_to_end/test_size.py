@@ -14,6 +14,7 @@ from fewbit.data.demo import demo_cards, write_tar
 from fewbit.search.journal import read_study
 from fewbit.search.trial import StudyRecord
 
+pytestmark = pytest.mark.slow
 BUDGET = "top1-drop<=6%"
 
 

@@ -25,7 +25,8 @@ def packed_bytes(net: Net, file_bytes: int) -> int:
     Example:
         >>> from fewbit.load.capture import capture
         >>> from torch import nn
-        >>> packed_bytes(capture(nn.Conv2d(3, 8, 3).eval(), "float", (3, 8, 8)), 1000)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        >>> packed_bytes(capture(model.eval(), "float", (3, 2, 2)), 1000)
         0
     """
     widths: dict[str, tuple[int, int]] = {}

@@ -111,15 +111,15 @@ def test_every_row_hands_over_different_choices_within_the_number(row: str) -> N
 def test_it_runs_on_the_demo_and_keeps_to_the_seconds() -> None:
     script = Path(__file__).resolve().parents[3] / "bench" / "fronts.py"
     card = next(path for path in demo_cards() if "depthwise" in path.name)
-    few = ["--seconds", "8", "--points", "3", "--rounds", "6", "--seen-images", "16", "--images", "32"]
+    few = ["--seconds", "3", "--points", "2", "--rounds", "6", "--seen-images", "16", "--images", "32"]
     command = [sys.executable, str(script), str(card), *few, "--calibration-images", "16", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=550)
     (found,) = json.loads(done.stdout)
     rows = {row["row"]: row for row in found["rows"]}
     extra = {"integer_program, uncorrected", "by sensitivity", "evolve, measured"}
     assert set(rows) == {*ROWS["search"], *extra}
-    assert found["images"] == 32 and found["judged"] == len(found["choices"]) <= 2 + 3 * len(rows)
-    assert all(1 <= row["points"] <= 3 and 0 < row["volume"] <= 1 for row in rows.values())
+    assert found["images"] == 32 and found["judged"] == len(found["choices"]) <= 2 + 2 * len(rows)
+    assert all(1 <= row["points"] <= 2 and 0 < row["volume"] <= 1 for row in rows.values())
     by = {name for choice in found["choices"] for name in choice["by"]}
-    assert by == set(rows) and found["evaluated_by_evolve"] >= 2
+    assert by == set(rows) and found["evaluated_by_evolve"] >= 1
     assert all(len(choice["in_float"]) == found["regions"] for choice in found["choices"])
