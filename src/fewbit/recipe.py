@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.clock import each_timed, phase
 from fewbit.data.image_set import ImageSet
 from fewbit.errors import RecipeError, suggest
 from fewbit.net import Net
@@ -194,7 +195,7 @@ def image_context(
         if images is None:
             return
         batch = _images_at_once(images.input_size)
-        for done, pixels in enumerate(images.batches(batch)):
+        for done, pixels in enumerate(each_timed(images.batches(batch), "preprocess")):
             yield torch.from_numpy(pixels)
             if advance is not None:
                 advance("calibrate", min(1.0, (done + 1) * batch / len(images)))
@@ -211,6 +212,7 @@ def _batches_of(images: Tensor) -> Iterator[Tensor]:
     return iter(torch.split(images, _images_at_once((channels, rows, columns))))
 
 
+@phase("recipe")
 def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[StepReport, ...]]:
     """Run a recipe on a copy of a network.
 
@@ -248,7 +250,8 @@ def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[S
             context = replace(context, batches=partial(_batches_of, changed.images))
         context.tell(name, 0.0)
         begin = time.perf_counter()
-        report = step(changed, context)
+        with phase(name):
+            report = step(changed, context)
         reports.append(report.model_copy(update={"seconds": time.perf_counter() - begin}))
         changed = changed.with_facts(*step.gives)
         context.tell(name, 1.0)

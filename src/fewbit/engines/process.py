@@ -7,11 +7,13 @@ import json
 import mmap
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,10 +21,12 @@ from types import TracebackType
 from typing import IO, Any, BinaryIO, Self, cast
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from fewbit import errors
+from fewbit.clock import phase
 from fewbit.engines.calls import checked
 from fewbit.engines.profile import OperatorTime
 from fewbit.engines.session import BlockTime, Images, Placement, Setting
@@ -35,11 +39,28 @@ _START = (
     "from fewbit.engines.child import serve; serve(*json.loads(sys.argv[2]))"
 )
 _END_S = 5.0
+ENGINE_PHASES = frozenset({"compile", "evaluate", "time", "profile", "placement"})
+"""Phases in which the program only waits for an engine at work."""
 # Images of one request, where they fit: enough to keep streams busy, few enough to be answered soon.
 _IMAGES = 64
 # So many calls of a profile are given as long as any other request.
 _PROFILED_CALLS = 20
 _TIMES = TypeAdapter(tuple[OperatorTime, ...])
+
+
+_living: weakref.WeakSet[_Child] = weakref.WeakSet()
+
+
+def engines_cpu_s() -> float:
+    """Return the processor seconds of all engine processes so far, those that ended included."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = ended.ru_utime + ended.ru_stime
+    for child in _living:
+        if not child.gone:
+            with contextlib.suppress(psutil.Error):
+                used = child.seen.cpu_times()
+                total += used.user + used.system
+    return total
 
 
 class EngineProcess:
@@ -86,7 +107,9 @@ class EngineProcess:
         """
         if setting.engine != self.engine:
             raise ValueError(f"a setting of {setting.engine} given to the process of {self.engine}")
-        child = self._start()
+        with phase("start engine"):
+            child = self._start()
+            child.settle(Path(path))
         path = Path(path).absolute()
         session = child.new_session()
         asked = {
@@ -95,7 +118,8 @@ class EngineProcess:
             "path": str(path),
             "setting": setting.model_dump(mode="json"),
         }
-        message, _ = child.ask(asked, path, "opening it")
+        with phase("compile"):
+            message, _ = child.ask(asked, path, "opening it")
         return RemoteSession(child, session, path, setting, message["takes"])
 
     def close(self) -> None:
@@ -133,6 +157,7 @@ class RemoteSession:
         """Return the logits (N, classes) of images of the type that the file takes, any N."""
         return self.logits([batch])
 
+    @phase("evaluate")
     def logits(self, batches: Iterable[Images]) -> NDArray[np.float32]:
         """Return the logits of all images in order; the next batch is made while the process works.
 
@@ -162,16 +187,19 @@ class RemoteSession:
             found.append(self._logits_of(waiting.popleft()))
         return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
 
+    @phase("placement")
     def placement(self) -> Placement:
         """Say which operators run in which precision."""
         asked = {"do": "placement", "session": self._session}
         return Placement.model_validate_json(self._child.ask(asked, self.path, "reading its placement")[1])
 
+    @phase("time")
     def time_block(self, seconds: float) -> BlockTime:
         """Run calls on random images for about `seconds` in the process, at least one a stream."""
         asked = {"do": "time", "session": self._session, "seconds": seconds}
         return BlockTime.model_validate_json(self._child.ask(asked, self.path, "timing it", seconds)[1])
 
+    @phase("profile")
     def profile(self, calls: int = 20) -> tuple[OperatorTime, ...]:
         """Time each operator on random images, in the file opened once more with the engine's profiler on.
 
@@ -240,6 +268,8 @@ class _Child:
             # Engines have threads of their own; numpy's would only wait for each other on a busy machine.
             env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
         )
+        self.seen = psutil.Process(self.process.pid)
+        _living.add(self)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         # The engine is imported while the parent does something else.

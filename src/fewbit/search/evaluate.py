@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fewbit.clock import each_timed
 from fewbit.data.image_set import ImageSet
 from fewbit.engines.session import Images
 from fewbit.measure.accuracy import Predictions
@@ -56,7 +57,8 @@ def races(budgets: Sequence[Budget], reference: Predictions | None, images: int)
 
 def batches_for(runner: Runner, images: ImageSet, batch: int) -> Iterator[Images]:
     """Return images in batches of the type that a file takes."""
-    return images.pixels(batch) if runner.takes == "uint8" else images.batches(batch)
+    made: Iterator[Images] = images.pixels(batch) if runner.takes == "uint8" else images.batches(batch)
+    return each_timed(made, "preprocess")
 
 
 def evaluate(

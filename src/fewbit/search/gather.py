@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fewbit.clock import phase
 from fewbit.data.image_set import ImageSet
 from fewbit.data.images import ImageSource, open_images
 from fewbit.data.sample import choose_balanced, split
@@ -47,15 +48,17 @@ def gather(
     nets = []
     for place, card in enumerate(options.cards):
         tell(f"loading {card.network.name}", place / len(options.cards))
-        nets.append(load(card, options.seed))
+        with phase("load"):
+            nets.append(load(card, options.seed))
     shared: dict[tuple[Path | None, str, int], Images] = {}
     wholes: list[ImageSet] = []
     benches = []
     for card, net in zip(options.cards, nets, strict=True):
         known = (card.labels_path, card.input.digest(), card.network.classes)
         if known not in shared:
-            whole = _open(options, card, options.data)
-            whole.decode(lambda fraction: tell("decoding images", fraction))
+            with phase("decode"):
+                whole = _open(options, card, options.data)
+                whole.decode(lambda fraction: tell("decoding images", fraction))
             wholes.append(whole)
             shared[known] = _split(options, card, whole)
         folder = options.out / "files"

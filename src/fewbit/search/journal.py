@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 from pydantic import ValidationError
 
+from fewbit.clock import phase
 from fewbit.errors import JournalError, OutputError
 from fewbit.measure.accuracy import Predictions
 from fewbit.search.trial import StudyRecord, Trial, TrialState
@@ -210,7 +211,7 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _explained(self.path):
+        with phase("journal"), _explained(self.path):
             self._base.execute("BEGIN IMMEDIATE")
             try:
                 yield

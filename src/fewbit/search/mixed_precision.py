@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewbit.clock import phase
 from fewbit.measure.region_latency import RegionLatency, fit_region_latency
 from fewbit.search.mixed.front import front
 from fewbit.search.mixed.problem import Boundary, Option, Problem, Region
@@ -69,6 +70,7 @@ def mix_precisions(
     return found
 
 
+@phase("sensitivities")
 def region_losses(probe: RegionProbe, images: Sequence[Tensor]) -> dict[str, float]:
     """Return the KL divergence of the answers when each region alone is in integers, by its name.
 
@@ -104,6 +106,7 @@ def problem_of(latency: RegionLatency, losses: dict[str, float]) -> Problem:
     return Problem(regions, boundaries, base_costs={"ms": latency.base_ms})
 
 
+@phase("solve")
 def _front(probe: RegionProbe, latency: RegionLatency, losses: dict[str, float]) -> tuple[Mix, ...]:
     found = []
     for point in front(problem_of(latency, losses), "ms", points=_POINTS).points:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewbit.clock import phase
 from fewbit.engines.process import EngineProcess
 from fewbit.engines.profile import OperatorTime
 from fewbit.engines.session import Setting
@@ -135,7 +136,8 @@ class RegionProbe:
         path = self.folder / f"{self.net.name}-{int(bits, 2):x}.onnx"
         if not path.exists():
             net, _ = run_recipe(self.recipe_of(in_float), self.net, self._context())
-            export_onnx(net, path, self.target)
+            with phase("export"):
+                export_onnx(net, path, self.target)
         return path
 
     def recipe_of(self, in_float: NDArray[np.bool_] | Sequence[bool]) -> Recipe:

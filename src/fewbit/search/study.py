@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter
 
+from fewbit.clock import Clock, PhaseTime, phase
+from fewbit.engines.process import engines_cpu_s
 from fewbit.engines.saturation import saturating_engines
 from fewbit.engines.session import EngineName, FloatPrecision
 from fewbit.errors import FewbitError, InputError
@@ -44,6 +46,7 @@ _MIXES = TypeAdapter(tuple[Mix, ...])
 _LEFT_OUT = TypeAdapter(tuple[LeftOut, ...])
 _WIDTHS = TypeAdapter(tuple[Widths, ...])
 _SHARE_FOR_WIDTHS = 0.4
+_PHASES = TypeAdapter(tuple[PhaseTime, ...])
 
 
 class _Known(NamedTuple):
@@ -74,29 +77,42 @@ def run_study(options: StudyOptions, watch: Watch = silence) -> StudyRecord:
     Raises:
         InputError: The networks, the images, the folder or its journal cannot be used.
     """
-    begin, host, known_versions = time.perf_counter(), describe_host(), versions()
+    begin = time.perf_counter()
 
     def tell(text: str, fraction: float) -> None:
         watch(Event("progress", text, inside=fraction))
 
     with ExitStack() as stack:
         stack.enter_context(_folder(options))
-        benches, data = gather(options, tell, saturating_engines(options.engines, host.saturates_u8s8))
+        clock = stack.enter_context(Clock("search", engines_cpu_s))
+        with phase("host"):
+            host, known_versions = describe_host(), versions()
+            saturating = saturating_engines(options.engines, host.saturates_u8s8)
+        with phase("gather"):
+            benches, data = gather(options, tell, saturating)
         known = _Known(options, _terms(options, host, benches), host, known_versions, benches, data)
         journal = stack.enter_context(
             Journal(options.out, identity(options, benches, host, known_versions), options.resume)
         )
         sessions = stack.enter_context(Sessions())
-        return _Search(known, journal, sessions, watch, begin).run()
+        return _Search(known, journal, sessions, watch, begin, clock).run()
 
 
 class _Search:
     """One run of a search; an earlier run of the same study may have done a part."""
 
     def __init__(
-        self, known: _Known, journal: Journal, sessions: Sessions, watch: Watch, begin: float
+        self,
+        known: _Known,
+        journal: Journal,
+        sessions: Sessions,
+        watch: Watch,
+        begin: float,
+        clock: Clock,
     ) -> None:
         self.known, self.journal, self.watch, self.begin = known, journal, watch, begin
+        self.clock = clock
+        clock.add(_PHASES.validate_json(journal.decision("phases") or "[]"))
         options, terms = known.options, known.terms
         threads = options.threads or known.host.cores
         speeds = Speeds(terms, options.batches, threads, journal, sessions, options.seed, options.timing_pace)
@@ -149,6 +165,7 @@ class _Search:
         if new:
             self.journal.decide("left out", _LEFT_OUT.dump_json((*before, *new)).decode())
 
+    @phase("finish")
     def _refute(self) -> bool:
         """Hold the best against the holdout images; say whether to climb on, since they refused some."""
         if len(self.refuted) >= _MOST_REFUTED or not self._may_go_on():
@@ -165,6 +182,7 @@ class _Search:
     def _standing(self) -> Standing:
         return Standing(self.known.terms, self.history, self.refuted)
 
+    @phase("trials")
     def _measure(self, proposal: Proposal) -> None:
         if proposal.rung != self.rung:
             self.rung = proposal.rung
@@ -185,6 +203,7 @@ class _Search:
         self.journal.add(trial, predictions)
         self.history.append(trial)
         self.journal.decide("seconds", str(self._seconds()))
+        self.journal.decide("phases", _PHASES.dump_json(self.clock.phases()).decode())
         self.journal.decide("record", self._record(None).model_dump_json())
 
     def _make_finish(self) -> Finish:
@@ -198,6 +217,7 @@ class _Search:
             lambda text, done: self._tell("progress", text, inside=done),
         )
 
+    @phase("finish")
     def _finish(self) -> Answer | None:
         finish = self._make_finish()
         answer = finish.answer()
@@ -251,6 +271,7 @@ class _Search:
             )
         self.journal.decide("terms", now)
 
+    @phase("fit images")
     def _fit_images(self) -> None:
         """Take fewer images where all would not fit the minutes; a resumed search takes as many as before."""
         kept, minutes = self.journal.decision("share of images"), self.known.options.minutes
@@ -267,6 +288,7 @@ class _Search:
         self.data = self.data.model_copy(update={"search": used, "holdout": len(bench.images.holdout)})
         self._note(f"{used} of {search} search images are used, so that the minutes given suffice")
 
+    @phase("ranking")
     def _ranking(self, network: str, engine: EngineName, base: str) -> tuple[str, ...]:
         name = f"ranking {network} {engine} {base}"
         kept = self.journal.decision(name)
@@ -276,6 +298,7 @@ class _Search:
             self.journal.decide(name, kept)
         return tuple(kept.split("\n"))
 
+    @phase("regions")
     def _mixing(
         self, network: str, engine: EngineName, base: str, float_precision: FloatPrecision
     ) -> tuple[Mix, ...]:
@@ -407,6 +430,7 @@ class _Search:
             notes=tuple(self.notes),
             networks=self.known.terms.costs,
             left_out=Family(self._standing()).left_out(),
+            phases=self.clock.phases(),
         )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fewbit.clock import PhaseTime
 from fewbit.engines.placement_cost import PlacementCost
+from fewbit.engines.process import ENGINE_PHASES
 from fewbit.engines.session import EngineName, Placement, Setting
 from fewbit.measure.accuracy import Accuracy, Comparison
 from fewbit.measure.host import Host
@@ -234,7 +236,7 @@ class Answer(Frozen):
 
 
 class StudyRecord(Frozen):
-    """Everything that a report needs."""
+    """Everything that a report needs; `phases` say where the search's own time went."""
 
     command: str
     budgets: tuple[str, ...]
@@ -250,3 +252,10 @@ class StudyRecord(Frozen):
     notes: tuple[str, ...] = ()
     networks: tuple[NetworkCost, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    phases: tuple[PhaseTime, ...] = ()
+
+    @property
+    def engine_share(self) -> float:
+        """Share of the search's time in which an engine was at work; 0 where no phase was recorded."""
+        total = sum(one.seconds for one in self.phases)
+        return sum(one.seconds for one in self.phases if one.phase in ENGINE_PHASES) / total if total else 0.0

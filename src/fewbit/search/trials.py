@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fewbit.clock import phase
 from fewbit.engines.session import EngineName, Placement, Setting
 from fewbit.errors import EngineError, RecipeError
 from fewbit.measure.accuracy import Predictions, compare
@@ -261,5 +262,6 @@ def _with_precisions(layers: Sequence[LayerRecord], placement: Placement | None)
     )
 
 
+@phase("digest")
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewbit.clock import each_timed, phase
 from fewbit.data.image_set import ImageSet
 from fewbit.engines.session import EngineName, Setting
 from fewbit.export.facts import describe_export, sums_of
@@ -156,16 +157,20 @@ class Workbench:
         except Exception:  # what is left of a kill serves the next run, what is left of a failure nobody
             shutil.rmtree(self._partial, ignore_errors=True)
             raise
-        path, sums = self.file_of(recipe, engine), sums_of(net, engine not in self.saturating)
-        facts = describe_export(self.card, recipe, engine, self.images.calibration, sums)
-        export_onnx(net, path, target(engine) if recipe.places else None, facts, recipe.takes)
+        path = self.file_of(recipe, engine)
+        with phase("export"):
+            sums = sums_of(net, engine not in self.saturating)
+            facts = describe_export(self.card, recipe, engine, self.images.calibration, sums)
+            export_onnx(net, path, target(engine) if recipe.places else None, facts, recipe.takes)
         shutil.rmtree(self._partial, ignore_errors=True)
         return Built(path, recipe, net)
 
+    @phase("layers")
     def records(self, built: Built) -> tuple[LayerRecord, ...]:
         """Look at each layer of what was built, on a few calibration images."""
         return layer_records(self.net, built.net, self._some(_RECORD_IMAGES))
 
+    @phase("rank")
     def ranking(self, engine: EngineName, base: str, advance: Advance | None = None) -> tuple[str, ...]:
         """Return the layers in the order in which to leave them in float; see `rank_layers`."""
         if (engine, base) not in self._ranked:
@@ -223,5 +228,5 @@ class Workbench:
         channels, rows, columns = self.card.input.size
         batch = min(32, max(1, _BATCH_VALUES // (channels * rows * columns)))
         few = np.arange(min(images, len(self.images.calibration)))
-        for pixels in self.images.calibration.batches(batch, few):
+        for pixels in each_timed(self.images.calibration.batches(batch, few), "preprocess"):
             yield torch.from_numpy(pixels)
