@@ -24,7 +24,16 @@ from fewbit.registry import find
 from fewbit.spec import Frozen, ImageInput, Rule, Scheme
 from fewbit.step import Context, Step, StepReport
 
-__all__ = ["Context", "Recipe", "StepReport", "image_context", "read_recipe", "run_recipe", "shipped_recipes"]
+__all__ = [
+    "Context",
+    "Prepared",
+    "Recipe",
+    "StepReport",
+    "image_context",
+    "read_recipe",
+    "run_recipe",
+    "shipped_recipes",
+]
 
 _EXACT_STEPS = frozenset({"canonical", "fold_bn"})
 _EXACT_GAP = 1e-3
@@ -85,6 +94,17 @@ class Recipe(Frozen):
         """What its file takes: pixels where the preprocessing is folded into the first layer."""
         folded = any(step.get("use") == "fold_input" for step in self.steps)
         return "uint8" if folded else "float32"
+
+    def halves(self) -> tuple[Recipe, Recipe]:
+        """Return the exact steps that it begins with as a recipe, and all the others as another.
+
+        >>> [[step["use"] for step in half.steps] for half in read_recipe("int8").halves()]
+        [['canonical', 'fold_bn'], ['place', 'calibrate']]
+        """
+        others = (place for place, step in enumerate(self.steps) if step.get("use") not in _EXACT_STEPS)
+        cut = next(others, len(self.steps))
+        first, rest = self.steps[:cut], self.steps[cut:]
+        return self.model_copy(update={"steps": first}), self.model_copy(update={"steps": rest})
 
     def with_float(self, layers: Sequence[str]) -> Recipe:
         """Return the same recipe with some layers left in float."""
@@ -232,7 +252,8 @@ def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[S
     if not recipe.uses_images:
         context = replace(context, batches=lambda: iter(()))
     changed, reports = net.clone().eval(), []
-    expected = example_logits(changed)
+    exact = any(step.get("use") in _EXACT_STEPS for step in recipe.steps)
+    expected = example_logits(changed) if exact else torch.empty(0)
     for name, step in recipe.built_steps():
         missing = sorted(step.needs - changed.facts)
         if missing:
@@ -263,3 +284,26 @@ def run_recipe(recipe: Recipe, net: Net, context: Context) -> tuple[Net, tuple[S
                 f"recipe '{recipe.name}': step '{name}' changed {net.name}'s logits by {gap:.1e}; report it"
             )
     return changed, tuple(reports)
+
+
+class Prepared:
+    """A network that many recipes run on; what the exact steps at their beginning make of it is made once.
+
+    Args:
+        net: Stays as it is.
+    """
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self._made: tuple[str, Net] | None = None
+
+    def exact(self, recipe: Recipe, context: Context) -> Net:
+        """Return the network after the exact steps that a recipe begins with; it is shared, so look only."""
+        key = f"{recipe.halves()[0].steps} {context.target.digest()}"
+        if self._made is None or self._made[0] != key:
+            self._made = (key, run_recipe(recipe.halves()[0], self.net, context)[0])
+        return self._made[1]
+
+    def run(self, recipe: Recipe, context: Context) -> Net:
+        """Return what `run_recipe` makes of the network, the same bits."""
+        return run_recipe(recipe.halves()[1], self.exact(recipe, context), context)[0]

@@ -11,10 +11,20 @@ from torch import Tensor, nn
 
 from fewbit.errors import DataError, RecipeError
 from fewbit.load.capture import capture
+from fewbit.net import Net
 from fewbit.place.quantizer import QuantConv2d, Quantizer
-from fewbit.recipe import Recipe, _batches_of, image_context, read_recipe, run_recipe, shipped_recipes
+from fewbit.prepare.canonical import Canonical
+from fewbit.recipe import (
+    Prepared,
+    Recipe,
+    _batches_of,
+    image_context,
+    read_recipe,
+    run_recipe,
+    shipped_recipes,
+)
 from fewbit.spec import QuantSpec, Scheme
-from fewbit.step import Step
+from fewbit.step import Context, Step, StepReport
 from networks import make_context, make_images, make_net
 
 STEPS = ({"use": "canonical"}, {"use": "fold_bn"}, {"use": "place"}, {"use": "calibrate"})
@@ -319,3 +329,34 @@ def test_other_widths_go_before_the_recipes_own_rules_and_keep_the_grid() -> Non
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     steps = read_recipe("int8-percentile").with_widths({"fc": 4}).steps
     assert steps[-1] == {"use": "calibrate", "activations": "percentile", "weights": "mse"}
+
+
+@pytest.mark.parametrize("name", ["float32", "int8", "int8-equalized", "int8-dfq"])
+def test_a_prepared_network_gives_the_same_bits(name: str) -> None:
+    context, net = make_context("openvino"), make_net("depthwise")
+    net.image_range = ((-2.0,) * 3, (2.0,) * 3)
+    prepared = Prepared(net)
+    for recipe in (read_recipe(name), read_recipe(name).with_pixels()):
+        once, again = prepared.run(recipe, context), prepared.run(recipe, context)
+        expected, _ = run_recipe(recipe, net, context)
+        for made in (once, again):
+            assert made.facts == expected.facts and str(made.graph.graph) == str(expected.graph.graph)
+            state = made.graph.state_dict()
+            assert list(state) == list(expected.graph.state_dict())
+            assert all(torch.equal(state[key], value) for key, value in expected.graph.state_dict().items())
+
+
+def test_exact_steps_are_run_once_for_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    call = Canonical.__call__
+
+    def counted(self: Canonical, net: Net, context: Context) -> StepReport:
+        ran.append(context.target.name)
+        return call(self, net, context)
+
+    monkeypatch.setattr(Canonical, "__call__", counted)
+    prepared = Prepared(make_net("residual"))
+    for engine in ("openvino", "openvino", "onnxruntime"):
+        for recipe in ("int8", "int8-percentile"):
+            prepared.run(read_recipe(recipe), make_context(engine))
+    assert ran == ["openvino", "onnxruntime"]

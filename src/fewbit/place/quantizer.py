@@ -30,6 +30,14 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0] * inside, None, None, None, None
 
 
+def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    if torch.is_grad_enabled():
+        rounded: Tensor = _StraightThrough.apply(x, scale, zero_point, qmin, qmax)  # type: ignore[no-untyped-call]
+        return rounded
+    # The same bits in one piece of memory, and no look at which values were inside the range.
+    return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
+
+
 class Quantizer(nn.Module):
     """Rounds a tensor to a uniform grid, r = S (clamp(round(x / S) + Z, qmin, qmax) - Z).
 
@@ -156,8 +164,7 @@ class Quantizer(nn.Module):
         scale, zero_point = self.grid(x.dim())
         if self.assigned is not None:
             return (self.assigned - zero_point) * scale
-        rounded: Tensor = _StraightThrough.apply(x, scale, zero_point, self.qmin, self.qmax)  # type: ignore[no-untyped-call]
-        return rounded
+        return _rounded(x, scale, zero_point, self.qmin, self.qmax)
 
     def range(self) -> tuple[float, float]:
         """Return the lowest and highest value of the grid."""
@@ -222,10 +229,7 @@ class DynamicQuantizer(nn.Module):
         """Return x with each sample rounded to its own grid."""
         if not self.enabled:
             return x
-        rounded: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
-            x, self.scales(x), torch.zeros((), device=x.device), -self.qmax, self.qmax
-        )
-        return rounded
+        return _rounded(x, self.scales(x), torch.zeros((), device=x.device), -self.qmax, self.qmax)
 
 
 class QuantConv2d(ops.Conv2d):

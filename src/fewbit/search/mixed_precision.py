@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewbit.clock import phase
 from fewbit.measure.region_latency import RegionLatency, fit_region_latency
+from fewbit.ranges.float_pass import keep_freed_memory
 from fewbit.search.mixed.front import front
 from fewbit.search.mixed.problem import Boundary, Option, Problem, Region
 from fewbit.search.region_probe import RegionProbe, Tell
@@ -81,7 +82,7 @@ def region_losses(probe: RegionProbe, images: Sequence[Tensor]) -> dict[str, flo
     scheme = probe.recipe.scheme
     row = KL(activations=scheme.activations)
     shown = [(batch, None) for batch in images]
-    with torch.no_grad():
+    with torch.no_grad(), keep_freed_memory():
         scores = row.score(probe.folded, shown, probe.regions, (scheme.weights,))
     return {name: values[0] for name, values in scores.losses.items()}
 

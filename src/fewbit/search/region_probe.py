@@ -24,7 +24,7 @@ from fewbit.measure.speed import measure_interleaved
 from fewbit.net import Net
 from fewbit.place.regions import regions_of
 from fewbit.place.targets import target
-from fewbit.recipe import Recipe, read_recipe, run_recipe
+from fewbit.recipe import Prepared, Recipe, read_recipe
 from fewbit.spec import Scheme
 from fewbit.step import Context
 
@@ -66,10 +66,8 @@ class RegionProbe:
     ) -> None:
         self.net, self.setting, self.folder, self.seed = net, setting, folder, seed
         self.target, self.recipe = target(setting.engine, exact_sums), read_recipe(recipe)
-        folded = self.recipe.model_copy(
-            update={"steps": tuple(s for s in self.recipe.steps if s["use"] in ("canonical", "fold_bn"))}
-        )
-        self.folded = run_recipe(folded, net, self._context())[0]
+        self._prepared = Prepared(net)
+        self.folded = self._prepared.exact(self.recipe, self._context())
         self.regions = regions_of(self.folded, self.target)
         self.boundaries = tuple(self._boundaries())
 
@@ -116,18 +114,21 @@ class RegionProbe:
             tell: Told the fraction done.
         """
         base, found = self.file(np.zeros(len(self.regions), bool)), list[float]()
-        for start in range(0, len(assignments), _AT_ONCE):
-            with EngineProcess(self.setting.engine) as process:
-                paths = [base, *(self.file(row) for row in assignments[start : start + _AT_ONCE])]
+        with EngineProcess(self.setting.engine) as process:
+            against = process.open(base, self.setting)
+            for start in range(0, len(assignments), _AT_ONCE):
+                paths = [self.file(row) for row in assignments[start : start + _AT_ONCE]]
                 sessions = [process.open(path, self.setting) for path in paths]
-                timings = measure_interleaved(sessions, _ROUNDS, _BLOCK_S, self.seed + start)
-            for path in set(paths) - {base}:
-                path.unlink()
-            for timing in timings[1:]:
-                assert timing.ratio is not None
-                found.append(base_ms / timing.ratio)
-            if tell is not None:
-                tell(len(found) / len(assignments))
+                timings = measure_interleaved([against, *sessions], _ROUNDS, _BLOCK_S, self.seed + start)
+                for session in sessions:
+                    session.close()
+                for path in set(paths) - {base}:
+                    path.unlink()
+                for timing in timings[1:]:
+                    assert timing.ratio is not None
+                    found.append(base_ms / timing.ratio)
+                if tell is not None:
+                    tell(len(found) / len(assignments))
         return np.array(found)
 
     def file(self, in_float: NDArray[np.bool_] | Sequence[bool]) -> Path:
@@ -135,7 +136,7 @@ class RegionProbe:
         bits = "".join("1" if left else "0" for left in in_float)
         path = self.folder / f"{self.net.name}-{int(bits, 2):x}.onnx"
         if not path.exists():
-            net, _ = run_recipe(self.recipe_of(in_float), self.net, self._context())
+            net = self._prepared.run(self.recipe_of(in_float), self._context())
             with phase("export"):
                 export_onnx(net, path, self.target)
         return path

@@ -29,6 +29,7 @@ class Sessions:
     def __init__(self) -> None:
         self._processes: dict[EngineName, EngineProcess] = {}
         self._open: dict[tuple[Path, Setting], RemoteSession] = {}
+        self._held: tuple[Path, Setting] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -51,9 +52,20 @@ class Sessions:
             self._open[path, setting] = self._processes[setting.engine].open(path, setting)
         return self._open[path, setting]
 
-    def free(self, keep: tuple[Path, Setting] | None = None) -> None:
-        """Close every file but one; those of a process that died are forgotten."""
-        for key in [key for key in self._open if key != keep]:
+    def hold(self, path: Path, setting: Setting) -> None:
+        """Let a file stay open when others are freed, in place of the one before: what all are timed with."""
+        self._held = path, setting
+
+    def free(self, keep: Sequence[tuple[Path, Setting]] = ()) -> None:
+        """Close every file but those to keep and the one held; those of a dead process are forgotten."""
+        self._close([key for key in self._open if key != self._held and key not in keep])
+
+    def shut(self, path: Path) -> None:
+        """Close a file in every setting, since another is to take its place."""
+        self._close([key for key in self._open if key[0] == path])
+
+    def _close(self, keys: Sequence[tuple[Path, Setting]]) -> None:
+        for key in keys:
             session = self._open.pop(key)
             try:
                 session.close()
@@ -140,7 +152,7 @@ class Speeds:
                 reasons.append(str(error))
                 continue
             found += self.best(surveyed, _RACED)
-            self.sessions.free()
+            self.sessions.free([(path, setting) for setting in found])
         if not found:
             raise EngineError(reasons[0])
         chosen = self._race(path, found)
@@ -169,6 +181,7 @@ class Speeds:
         Raises:
             EngineError: One of them failed.
         """
+        self.sessions.hold(*against)
         every = [against, *((path, setting) for setting in settings)]
         share = budget_s * len(every) / 2
         timing = max(
@@ -213,7 +226,6 @@ class Speeds:
             baseline=None,
             budget_s=_SURVEY_S * self.pace * len(settings) / 2,
         )
-        self.sessions.free()
         return max(timings, key=lambda t: t.images_per_s).setting
 
     def _survey(self, path: Path, settings: Sequence[Setting]) -> tuple[Surveyed, ...]:

@@ -293,6 +293,8 @@ class _Search:
         name = f"ranking {network} {engine} {base}"
         kept = self.journal.decision(name)
         if kept is None:
+            if not self._may_go_on():  # what takes long is for a trial that will not come
+                return ()
             self._tell("progress", f"{network}: which layers cost most")
             kept = "\n".join(self.trials.benches[network].ranking(engine, base))
             self.journal.decide(name, kept)
@@ -307,6 +309,8 @@ class _Search:
         if kept is None:
             trial = self._standing().find(network, engine, PLAIN)
             if trial is None or trial.timing is None or trial.timing.ms_per_batch_p50 < _LEAST_MS_TO_MIX:
+                return ()
+            if not self._may_go_on():
                 return ()
             alone = {"threads": trial.setting.threads_per_stream, "streams": 1}
             setting = trial.setting.model_copy(update=alone | {"float_precision": float_precision})

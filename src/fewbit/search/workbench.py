@@ -21,7 +21,7 @@ from fewbit.export.packed import packed_bytes
 from fewbit.load.card import Card
 from fewbit.net import Net
 from fewbit.place.targets import target
-from fewbit.recipe import Recipe, image_context, read_recipe, run_recipe
+from fewbit.recipe import Prepared, Recipe, image_context, read_recipe
 from fewbit.search.journal import Part
 from fewbit.search.ladder import PLAIN, Proposal
 from fewbit.search.mixed_precision import Mix, mix_precisions
@@ -29,7 +29,7 @@ from fewbit.search.ranking import images_for_ranking, rank_layers
 from fewbit.search.region_probe import RegionProbe
 from fewbit.search.trial import LayerRecord
 from fewbit.search.weight_widths import Widths, choose_widths
-from fewbit.sensitivity.sqnr import layer_records
+from fewbit.sensitivity.sqnr import Signal, layer_records
 from fewbit.step import Context
 from fewbit.version import __version__
 
@@ -54,11 +54,19 @@ class Images:
 
 @dataclass(frozen=True)
 class Built:
-    """A recipe carried out: the file that is measured."""
+    """A recipe carried out: the file that is measured.
+
+    Attributes:
+        path: The file.
+        recipe: What was done.
+        net: The network in the file; none where the file was there already.
+        float_net: The same before anything that is not exact was done to it.
+    """
 
     path: Path
     recipe: Recipe
-    net: Net
+    net: Net | None = None
+    float_net: Net | None = None
 
     @property
     def bytes(self) -> int:
@@ -108,6 +116,8 @@ class Workbench:
         self.saturating = frozenset(saturating)
         self.name = card.network.name
         self.digest = digest_network(card, net)
+        self._prepared = Prepared(net)
+        self._signals: dict[str, dict[str, Signal]] = {}
         self._ranked: dict[tuple[EngineName, str], tuple[str, ...]] = {}
 
     def key(self, proposal: Proposal) -> str:
@@ -153,7 +163,8 @@ class Workbench:
             OutputError: The file cannot be written.
         """
         try:
-            net, _ = run_recipe(recipe, self.net, self._context(engine, advance))
+            context = self._context(engine, advance)
+            float_net, net = self._prepared.exact(recipe, context), self._prepared.run(recipe, context)
         except Exception:  # what is left of a kill serves the next run, what is left of a failure nobody
             shutil.rmtree(self._partial, ignore_errors=True)
             raise
@@ -163,19 +174,22 @@ class Workbench:
             facts = describe_export(self.card, recipe, engine, self.images.calibration, sums)
             export_onnx(net, path, target(engine) if recipe.places else None, facts, recipe.takes)
         shutil.rmtree(self._partial, ignore_errors=True)
-        return Built(path, recipe, net)
+        return Built(path, recipe, net, float_net)
 
     @phase("layers")
     def records(self, built: Built) -> tuple[LayerRecord, ...]:
         """Look at each layer of what was built, on a few calibration images."""
-        return layer_records(self.net, built.net, self._some(_RECORD_IMAGES))
+        assert built.float_net is not None and built.net is not None
+        kind = digest_network(self.card, built.float_net)
+        signals = self._signals.setdefault(kind, {})
+        return layer_records(built.float_net, built.net, self._some(_RECORD_IMAGES), signals)
 
     @phase("rank")
     def ranking(self, engine: EngineName, base: str, advance: Advance | None = None) -> tuple[str, ...]:
         """Return the layers in the order in which to leave them in float; see `rank_layers`."""
         if (engine, base) not in self._ranked:
             recipe = read_recipe(base)
-            net, _ = run_recipe(recipe, self.net, self._context(engine, advance))
+            net = self._prepared.run(recipe, self._context(engine, advance))
             few = list(self._some(images_for_ranking(self.card.input.size)))
             self._ranked[engine, base] = rank_layers(self.net, net, few)
             shutil.rmtree(self._partial, ignore_errors=True)

@@ -16,6 +16,7 @@ from fewbit.place.regions import Region
 from fewbit.place.targets import TARGETS
 from fewbit.prepare.canonical import Canonical
 from fewbit.prepare.fold_bn import FoldBN
+from fewbit.ranges.float_pass import keep_freed_memory
 from fewbit.sensitivity.one_region import OneRegion, Walk
 from fewbit.sensitivity.records import Histogram, LayerRecord
 from fewbit.sensitivity.score import LabelledBatch, Sensitivities, Tell, ask
@@ -23,6 +24,7 @@ from fewbit.spec import QuantSpec, Scheme
 from fewbit.step import Context
 
 _BINS = 64
+_PIECE = 1 << 15  # what torch works on in one thread
 _LEAST_SIGNAL = 1e-30
 _BEST_DB = 200.0
 DEAD = 1e-6
@@ -80,7 +82,19 @@ def noise_power(exact: Tensor, found: Tensor) -> float:
     >>> round(noise_power(torch.tensor([2.0, 1.0, -1.0]), torch.tensor([1.8, 1.3, -1.1])), 6)
     0.14
     """
-    return float((exact.double() - found.double()).square().sum())
+    return _energy(exact, found)
+
+
+def _energy(first: Tensor, second: Tensor | None = None) -> float:
+    """Return ``sum (first - second)^2`` or ``sum first^2`` in float64, by pieces that caches hold."""
+    a, b = first.reshape(-1), None if second is None else second.reshape(-1)
+    total = 0.0
+    for start in range(0, len(a), _PIECE):
+        piece = a[start : start + _PIECE].double()
+        if b is not None:
+            piece = piece - b[start : start + _PIECE]
+        total += float(torch.dot(piece, piece))
+    return total
 
 
 class _Outputs(fx.Interpreter):
@@ -102,32 +116,37 @@ class _Outputs(fx.Interpreter):
         return value
 
 
-class _Sums:
-    """Signal and noise power and a histogram of one layer's output."""
+class Signal:
+    """Power and histogram of one layer's output in float."""
 
     def __init__(self) -> None:
-        self.signal = self.noise = 0.0
-        self.low, self.high = math.inf, -math.inf
+        self.power, self.low, self.high = 0.0, math.inf, -math.inf
         self.counts = torch.zeros(_BINS, dtype=torch.int64)
 
-    def add(self, exact: Tensor, rounded: Tensor) -> None:
+    def add(self, exact: Tensor) -> None:
         """Take in one batch; the first one fixes the histogram's ends."""
-        self.signal += float(exact.double().square().sum())
-        self.noise += noise_power(exact, rounded)
+        self.power += _energy(exact)
         if self.low > self.high:
             low, high = torch.aminmax(exact)
             self.low, self.high = float(low), max(float(high), float(low) + 1e-9)
         inside = exact.flatten().float().clamp(self.low, self.high)
         self.counts += torch.histc(inside, _BINS, self.low, self.high).long()
 
-    def sqnr_db(self) -> float:
+    @property
+    def seen(self) -> bool:
+        """It took in a batch."""
+        return self.low <= self.high
+
+    def sqnr_db(self, noise: float) -> float:
         """Return 10 log10(signal / noise), at most 200 dB."""
-        if self.noise == 0:
-            return _BEST_DB
-        return min(_BEST_DB, 10 * math.log10(max(self.signal, _LEAST_SIGNAL) / self.noise))
+        return (
+            _BEST_DB if noise == 0 else min(_BEST_DB, 10 * math.log10(max(self.power, _LEAST_SIGNAL) / noise))
+        )
 
 
-def layer_records(float_net: Net, net: Net, batches: Iterable[Tensor]) -> tuple[LayerRecord, ...]:
+def layer_records(
+    float_net: Net, net: Net, batches: Iterable[Tensor], signals: dict[str, Signal] | None = None
+) -> tuple[LayerRecord, ...]:
     """Compare a quantized network with its float original, layer by layer.
 
     SQNR of a layer's output y against its quantized value y'::
@@ -142,6 +161,8 @@ def layer_records(float_net: Net, net: Net, batches: Iterable[Tensor]) -> tuple[
         float_net: The captured network, its float form, or that as it was before quantizers were placed.
         net: Quantized from it, or a float form of it.
         batches: Images (N, C, H, W) float32.
+        signals: What earlier calls with the same float network and images saw of its layers, which is not
+            looked at again; what this call sees is added.
 
     Returns:
         One record a layer, in the order in which they run.
@@ -149,17 +170,21 @@ def layer_records(float_net: Net, net: Net, batches: Iterable[Tensor]) -> tuple[
     moved = (net.facts - float_net.facts) & _MOVES
     exact = _switched_off(net) if moved else _float_form(float_net)
     layers = [layer for layer in net.layers() if not isinstance(layer.module, Quantizer | DynamicQuantizer)]
-    known = {layer.name for layer in exact.layers()}
-    names = {layer.name for layer in layers} & known
-    sums = {name: _Sums() for name in names}
-    with torch.no_grad():
+    names = {layer.name for layer in layers} & {layer.name for layer in exact.layers()}
+    known = {} if moved or signals is None else signals
+    new = {name: Signal() for name in names if name not in known}
+    noise = dict.fromkeys(names, 0.0)
+    with torch.no_grad(), keep_freed_memory():
         for batch in batches:
             a, b = _Outputs(exact, names), _Outputs(net, names)
             a.run(batch)
             b.run(batch)
             for name in names:
-                sums[name].add(a.kept[name], b.kept[name])
-    return tuple(_record(net, layer, sums.get(layer.name)) for layer in layers)
+                noise[name] += noise_power(a.kept[name], b.kept[name])
+            for name, signal in new.items():
+                signal.add(a.kept[name])
+    known |= new
+    return tuple(_record(net, layer, known.get(layer.name), noise.get(layer.name, 0.0)) for layer in layers)
 
 
 def _float_form(net: Net) -> Net:
@@ -183,13 +208,13 @@ def _switched_off(net: Net) -> Net:
     return copy
 
 
-def _record(net: Net, layer: Layer, sums: _Sums | None) -> LayerRecord:
+def _record(net: Net, layer: Layer, signal: Signal | None, noise: float) -> LayerRecord:
     module = layer.module
     reader = _reader(net, layer.node)
     weight = getattr(module, "weight", None)
     weight = weight if isinstance(weight, Tensor) and isinstance(module, nn.Conv2d | nn.Linear) else None
     low, high = reader.range() if isinstance(reader, Quantizer) and reader.ready else (None, None)
-    seen = sums is not None and sums.low <= sums.high
+    known = signal if signal is not None and signal.seen else None
     return LayerRecord(
         name=layer.name,
         kind=layer.kind,
@@ -198,14 +223,14 @@ def _record(net: Net, layer: Layer, sums: _Sums | None) -> LayerRecord:
         if isinstance(module, QuantConv2d | QuantLinear)
         else None,
         activation_bits=None if reader is None else reader.spec.bits,
-        sqnr_db=None if sums is None or not seen else round(sums.sqnr_db(), 3),
+        sqnr_db=None if known is None else round(known.sqnr_db(noise), 3),
         low=low,
         high=high,
         weight_range_ratio=None if weight is None else range_ratio(weight),
         weights=None if weight is None else histogram(weight),
         activations=None
-        if sums is None or not seen
-        else Histogram(low=sums.low, high=sums.high, counts=tuple(sums.counts.tolist())),
+        if known is None
+        else Histogram(low=known.low, high=known.high, counts=tuple(known.counts.tolist())),
     )
 
 

@@ -224,3 +224,15 @@ def test_the_bias_of_the_float_weight_stays(kind: str, bias: bool) -> None:
         layer.weight_quantizer.enabled = True
     assert (layer.float_bias is None) is not bias
     assert "float_bias" not in dict(layer.named_parameters())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_without_a_gradient_the_bits_are_the_same(symmetric: bool, bits: int) -> None:
+    quantizer = Quantizer(QuantSpec(bits=bits, symmetric=symmetric), "t")
+    quantizer.set_range(-1.37, 2.11)
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+    with torch.no_grad():
+        found = quantizer(x)
+    assert torch.equal(found, quantizer(x.requires_grad_()).detach()) and torch.equal(x, before)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fewbit.engines.process import EngineProcess
+from fewbit.engines.process import EngineProcess, RemoteSession
 from fewbit.engines.session import EngineName, Setting
 from fewbit.search.region_probe import RegionProbe
 from networks import make_net
@@ -57,6 +57,23 @@ def test_more_assignments_than_take_turns_at_once(tmp_path: Path) -> None:
     times = made.time(drawn, 5.0, told.append)
     assert times.shape == (9,) and (times > 0).all() and told[-1] == 1.0
     assert [path.name for path in tmp_path.iterdir()] == ["residual-0.onnx"]
+
+
+def test_all_assignments_are_timed_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, started, opened = probe("residual", "openvino", tmp_path), list[int | None](), list[str]()
+    original = EngineProcess.open
+
+    def counted(self: EngineProcess, path: Path, setting: Setting) -> RemoteSession:
+        session = original(self, path, setting)
+        started.append(self.pid)
+        opened.append(path.name)
+        return session
+
+    monkeypatch.setattr(EngineProcess, "open", counted)
+    drawn = made.draw(8, 1)
+    made.time(drawn, 5.0)
+    assert len(set(started)) == 1
+    assert opened.count("residual-0.onnx") == 1 + int((~drawn.any(1)).sum())
 
 
 def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:

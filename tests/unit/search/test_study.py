@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +15,23 @@ import torch
 
 from fewbit.data.image_set import ImageSet
 from fewbit.data.images import open_images
+from fewbit.engines.process import ENGINE_PHASES, EngineProcess, RemoteSession
+from fewbit.engines.session import Setting
 from fewbit.errors import BudgetError, CardError, DataError, InputError, JournalError, OutputError
 from fewbit.load.capture import load
 from fewbit.load.card import ExpectedSection, read_card
 from fewbit.measure.accuracy import Accuracy, Predictions
 from fewbit.recipe import Recipe
+from fewbit.search import study as study_module
 from fewbit.search.budget import parse_budget
 from fewbit.search.gather import expected_note, gather
 from fewbit.search.journal import FILE
+from fewbit.search.ladder import Ladder, Proposal
 from fewbit.search.options import StudyOptions
 from fewbit.search.study import read_study, run_study
-from fewbit.search.trial import StudyRecord
+from fewbit.search.trial import StudyRecord, Trial
 from fewbit.search.watch import Event
+from fewbit.search.workbench import Workbench
 from small_search import CLASSES, make_card, make_images, options
 
 IMAGES = 480
@@ -63,8 +69,24 @@ def given(folder: Path, right: tuple[int, int]) -> StudyOptions:
 
 
 @pytest.fixture(scope="module")
-def study(given: StudyOptions, events: list[Event]) -> StudyRecord:
-    return run_study(given, events.append)
+def opened() -> list[tuple[str, Setting]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def study(
+    given: StudyOptions, events: list[Event], opened: list[tuple[str, Setting]]
+) -> Iterator[StudyRecord]:
+    original = EngineProcess.open
+
+    def counted(self: EngineProcess, path: Path, setting: Setting) -> RemoteSession:
+        opened.append((_digest(path), setting))
+        return original(self, path, setting)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineProcess, "open", counted)
+        made = run_study(given, events.append)
+    yield made
 
 
 def _digest(path: Path) -> str:
@@ -118,6 +140,34 @@ def test_the_survey_tried_batches_and_streams(study: StudyRecord) -> None:
     tried = {(s.setting.batch, s.setting.streams) for s in trial.survey}
     assert {batch for batch, _ in tried} == {1, 8} and {streams for _, streams in tried} == {1, 2}
     assert trial.setting in [s.setting for s in trial.survey[:2]]  # the best two are timed
+
+
+def test_what_all_trials_are_timed_against_stays_open(
+    study: StudyRecord, opened: list[tuple[str, Setting]]
+) -> None:
+    assert study.answer is not None
+    baseline = (opened[0][0], study.answer.float_setting)
+    assert opened[0][1].float_precision == "float32"
+    assert 1 <= opened.count(baseline) <= 2 < len(study.trials)
+    again = Counter(opened) - Counter(set(opened))
+    assert again.total() < len(study.trials)  # what was closed with its trial and is a finalist
+
+
+def test_the_time_of_a_search_is_the_sum_of_its_phases(study: StudyRecord) -> None:
+    assert sum(one.seconds for one in study.phases) == pytest.approx(study.seconds, rel=0.02)
+    phases = {one.phase: one for one in study.phases}
+    assert {"load", "decode", "calibrate", "export", "compile", "evaluate", "time", "layers"} <= set(phases)
+    assert phases["time"].child_cpu_s > 0 and phases["calibrate"].cpu_s > 0
+    assert {"trials", "finish", "gather"} <= {one.stage for one in study.phases}
+    engine = sum(phases_s for name, phases_s in _by_phase(study).items() if name in ENGINE_PHASES)
+    assert study.engine_share == pytest.approx(engine / study.seconds, rel=0.02)
+
+
+def _by_phase(study: StudyRecord) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for one in study.phases:
+        found[one.phase] = found.get(one.phase, 0.0) + one.seconds
+    return found
 
 
 def test_float32_is_the_same_on_both_engines(study: StudyRecord) -> None:
@@ -215,6 +265,28 @@ def test_another_budget_keeps_what_was_measured(
 @pytest.fixture
 def fresh(folder: Path, tmp_path: Path) -> Iterator[StudyOptions]:
     yield options(folder, (read_card(folder / "tiny.toml"),), "top1-drop<=12%", out=tmp_path / "out")
+
+
+def test_what_takes_long_is_not_done_for_a_trial_that_will_not_come(
+    fresh: StudyOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    class Asking(Ladder):
+        def propose(self, history: Sequence[Trial]) -> Proposal | None:
+            if len(history) == 2:
+                assert self._aids.mixing is not None
+                asked.append(self._aids.ranking("tiny", "onnxruntime", "int8"))
+                asked.append(self._aids.mixing("tiny", "onnxruntime", "int8", "float32"))
+            return super().propose(history)
+
+    monkeypatch.setattr(study_module, "Ladder", Asking)
+    monkeypatch.setattr(study_module, "_LEAST_MS_TO_MIX", 0.0)
+    for name in ("ranking", "mixes"):
+        monkeypatch.setattr(Workbench, name, lambda *_: pytest.fail("nobody will measure it"))
+    study = run_study(replace(fresh, trials=2, engines=("onnxruntime",), batches=(8,)))
+    assert [t.recipe for t in study.trials] == ["float32", "int8"]
+    assert asked == [(), ()] * (len(asked) // 2) and asked
 
 
 def test_an_engine_that_dies_costs_one_trial(fresh: StudyOptions) -> None:

@@ -13,7 +13,7 @@ from fewbit.recipe import read_recipe, run_recipe
 from fewbit.sensitivity.one_region import Walk
 from fewbit.sensitivity.records import LayerRecord
 from fewbit.sensitivity.score import ask
-from fewbit.sensitivity.sqnr import SQNR, histogram, layer_records, noise_power, range_ratio
+from fewbit.sensitivity.sqnr import SQNR, Signal, histogram, layer_records, noise_power, range_ratio
 from networks import NETWORKS, make_context, make_images, make_net, quantize
 from scored import WIDTHS, folded, pictures, regions, tiny
 
@@ -210,3 +210,27 @@ def test_logits_of_zero_have_a_share_all_the_same() -> None:
         net.layer("1").module.bias.zero_()  # type: ignore[operator,union-attr]
     found = SQNR().score(net, [(pictures(net, 2), None)], regions(net), WIDTHS)
     assert found.losses == {"1": (0.0, 0.0, 0.0)}
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-percentile", "int8-equalized"])
+def test_what_an_earlier_call_saw_changes_nothing(recipe: str) -> None:
+    exact, images = quantize("depthwise", "float32"), make_images(8).split(4)
+    signals: dict[str, Signal] = {}
+    layer_records(exact, quantize("depthwise", "int8"), images, signals)
+    kept = {name: (signal, signal.power) for name, signal in signals.items()}
+    alone = layer_records(exact, quantize("depthwise", recipe), images)
+    assert layer_records(exact, quantize("depthwise", recipe), images, signals) == alone
+    assert {name: (signal, signal.power) for name, signal in signals.items()} == kept and kept
+
+
+def test_the_float_network_of_records_may_be_folded_already() -> None:
+    images, made = make_images(8).split(4), quantize("residual", "int8")
+    exact = quantize("residual", "float32")
+    assert layer_records(exact, made, images) == layer_records(make_net("residual"), made, images)
+
+
+@pytest.mark.parametrize("size", [1, 65535, 65536, 200_001])
+def test_noise_by_pieces_is_the_noise_of_all(size: int) -> None:
+    first, second = torch.randn(2, size, generator=torch.Generator().manual_seed(size))
+    whole = float((first.double() - second.double()).square().sum())
+    assert noise_power(first, second) == pytest.approx(whole, rel=1e-13)
