@@ -18,6 +18,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fewbit.background import working
 from fewbit.data.images import ImageSource
 from fewbit.data.preprocess import decode, normalize
 from fewbit.data.stores import BrokenImageError
@@ -125,6 +126,10 @@ class DecodedImages:
         return pixels
 
     def _decode_chunk(self, chunk: int) -> None:
+        with working():
+            self._decode_rows(chunk)
+
+    def _decode_rows(self, chunk: int) -> None:
         rows = range(chunk * self.chunk, min((chunk + 1) * self.chunk, len(self.index)))
         if self.source.sequential:
             with self._reading:

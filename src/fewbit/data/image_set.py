@@ -12,6 +12,7 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fewbit.background import working
 from fewbit.data.decoded import BROKEN, DecodedImages, Indices, SkippedImage
 from fewbit.data.images import ImageSource
 from fewbit.errors import DataError
@@ -103,6 +104,10 @@ class ImageSet:
         total.update(self.targets.astype("<i8").tobytes())
         return total.hexdigest()[:12]
 
+    def begin(self) -> None:
+        """Start decoding all images, while the caller does something else."""
+        self._decoded.submit(self._asked)
+
     def decode(self, advance: Callable[[float], None] | None = None) -> None:
         """Decode all images now.
 
@@ -155,7 +160,7 @@ class ImageSet:
         waiting: deque[Future[Batch]] = deque()
         for rows in _regroup(self._runs(indices), batch):
             wait(waiting)  # one batch with the caller and one in the making, never more: they are large
-            waiting.append(self._decoded.pool.submit(make, rows))
+            waiting.append(self._decoded.pool.submit(_work, make, rows))
             if len(waiting) > 1:
                 yield waiting.popleft().result()
         while waiting:
@@ -208,6 +213,11 @@ class ImageSet:
             self._decoded.submit(self._asked[start : start + ahead])
             self._decoded.wait(rows)
             yield rows
+
+
+def _work(make: Callable[[Indices], Batch], rows: Indices) -> Batch:
+    with working():
+        return make(rows)
 
 
 def _regroup(chunks: Iterator[Indices], batch: int) -> Iterator[Indices]:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from fewbit import errors
+from fewbit.background import quiet
 from fewbit.clock import phase
 from fewbit.engines.calls import checked
 from fewbit.engines.profile import OperatorTime
@@ -197,7 +198,8 @@ class RemoteSession:
     def time_block(self, seconds: float) -> BlockTime:
         """Run calls on random images for about `seconds` in the process, at least one a stream."""
         asked = {"do": "time", "session": self._session, "seconds": seconds}
-        return BlockTime.model_validate_json(self._child.ask(asked, self.path, "timing it", seconds)[1])
+        with quiet():
+            return BlockTime.model_validate_json(self._child.ask(asked, self.path, "timing it", seconds)[1])
 
     @phase("profile")
     def profile(self, calls: int = 20) -> tuple[OperatorTime, ...]:
@@ -214,7 +216,8 @@ class RemoteSession:
         """
         asked = {"do": "profile", "session": self._session, "calls": calls}
         more_s = self._child.timeout_s * calls / _PROFILED_CALLS
-        reply = self._child.ask(asked, self.path, "profiling it", more_s)[1]
+        with quiet():
+            reply = self._child.ask(asked, self.path, "profiling it", more_s)[1]
         return _TIMES.validate_json(reply)
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ _NAMED = 5
 _CALIBRATION_SHARE = 6
 
 Tell = Callable[[str, float], None]
+_Kind = tuple[Path | None, str, int]
 
 
 def gather(
@@ -45,25 +46,26 @@ def gather(
     Raises:
         InputError: A network or the images cannot be used.
     """
+    shared: dict[_Kind, Images] = {}
+    opened = {_kind(card): card for card in options.cards}
+    wholes = {kind: _open(options, card, options.data) for kind, card in opened.items()}
+    for whole in wholes.values():  # threads decode while the networks are loaded
+        whole.begin()
     nets = []
     for place, card in enumerate(options.cards):
         tell(f"loading {card.network.name}", place / len(options.cards))
         with phase("load"):
             nets.append(load(card, options.seed))
-    shared: dict[tuple[Path | None, str, int], Images] = {}
-    wholes: list[ImageSet] = []
     benches = []
     for card, net in zip(options.cards, nets, strict=True):
-        known = (card.labels_path, card.input.digest(), card.network.classes)
-        if known not in shared:
+        kind = _kind(card)
+        if kind not in shared:
             with phase("decode"):
-                whole = _open(options, card, options.data)
-                whole.decode(lambda fraction: tell("decoding images", fraction))
-            wholes.append(whole)
-            shared[known] = _split(options, card, whole)
+                wholes[kind].decode(lambda fraction: tell("decoding images", fraction))
+            shared[kind] = _split(options, card, wholes[kind])
         folder = options.out / "files"
-        benches.append(Workbench(card, net, shared[known], folder, options.seed, saturating))
-    return tuple(benches), _record(options, benches[0], wholes[0])
+        benches.append(Workbench(card, net, shared[kind], folder, options.seed, saturating))
+    return tuple(benches), _record(options, benches[0], wholes[_kind(options.cards[0])])
 
 
 def identity(
@@ -114,6 +116,11 @@ def expected_note(name: str, engine: str, accuracy: Accuracy, expected: Expected
     near = all(abs(a - b) <= most for a, b in zip(came, wanted, strict=True))
     why = "within rounding" if near else "check scale, mean, std, channels, resize and crop of the card"
     return f"{said}, its card expects {wanted[0]} (top-5: {wanted[1]}): {why}"
+
+
+def _kind(card: Card) -> _Kind:
+    """Return what the images of a network depend on."""
+    return card.labels_path, card.input.digest(), card.network.classes
 
 
 def _open(options: StudyOptions, card: Card, path: Path) -> ImageSet:

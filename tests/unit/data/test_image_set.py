@@ -320,3 +320,21 @@ def test_pixels_are_what_batches_are_made_of(tmp_path: Path, made: Any, write: A
         assert all(part.dtype == np.uint8 for part in pixels)
         for part, batch in zip(pixels, images.batches(40), strict=True):
             np.testing.assert_array_equal(normalize(part, facts), batch)
+
+
+def test_decoding_begins_before_anybody_waits(
+    tmp_path: Path, made: Any, write: Any, section: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = threading.Semaphore(0)
+
+    def counted(*given: Any) -> Any:
+        pixels = decode(*given)
+        done.release()
+        return pixels
+
+    monkeypatch.setattr(decoded, "decode", counted)
+    with ImageSet(open_images(write(tmp_path / "set", made)), section(), classes=3) as images:
+        images.begin()
+        for _ in made:
+            assert done.acquire(timeout=10)
+        assert len(images) == len(made) and not done.acquire(blocking=False), "each once"

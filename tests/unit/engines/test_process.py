@@ -9,15 +9,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
+from fewbit.background import busy, working
 from fewbit.engines.child import Child, time_calls
 from fewbit.engines.onnxruntime import OnnxRuntime
-from fewbit.engines.process import EngineProcess
+from fewbit.engines.process import EngineProcess, engines_cpu_s
 from fewbit.engines.session import Setting
 from fewbit.engines.wire import SLOT_BYTES, SLOTS
 from fewbit.errors import EngineCrashed, EngineError, EngineHung, RecipeError
@@ -287,3 +290,39 @@ def test_sessions_are_what_interleaved_measuring_takes(process: EngineProcess, f
         "batch 1",
         6,
     )
+
+
+@pytest.mark.parametrize("doing", ["time_block", "profile"])
+def test_nothing_of_ours_works_while_an_engine_is_timed(
+    process: EngineProcess, files: Files, monkeypatch: pytest.MonkeyPatch, doing: str
+) -> None:
+    session = process.open(files["float"], setting("onnxruntime"))
+    seen, events = list[int](), list[str]()
+    original = session._child.ask
+
+    def slow(*arguments: Any) -> Any:
+        job.append(pool.submit(work))
+        seen.append(busy())
+        time.sleep(0.2)  # the job has every chance to begin
+        reply = original(*arguments)
+        events.append("timed")
+        return reply
+
+    def work() -> None:
+        with working():
+            events.append("worked")
+
+    job: list[Future[None]] = []
+    monkeypatch.setattr(session._child, "ask", slow)
+    with ThreadPoolExecutor(1) as pool:
+        session.time_block(0.01) if doing == "time_block" else session.profile(2)
+        job[0].result()
+    assert seen == [0] and events == ["timed", "worked"]
+
+
+def test_the_seconds_of_engines_outlive_their_processes(files: Files) -> None:
+    before = engines_cpu_s()
+    with EngineProcess("onnxruntime") as process:
+        process.open(files["float"], setting("onnxruntime")).time_block(0.1)
+        alive = engines_cpu_s()
+    assert before < alive <= engines_cpu_s() + 0.02  # a living process is read in hundredths
