@@ -253,9 +253,26 @@ def _how(study: StudyRecord) -> list[Listing]:
     return [
         Listing("Images", tuple(images)),
         Listing("Search", tuple(search)),
+        *([Listing("Where the time went", _time(study))] if study.phases else []),
         Listing("Host", _host(study.host)),
         Listing("Versions", tuple(sorted(study.versions.items()))),
     ]
+
+
+def _time(study: StudyRecord) -> tuple[tuple[str, str], ...]:
+    """Say where the search's own time went; what has less than a hundredth goes together."""
+    spent: dict[str, float] = {}
+    for one in study.phases:
+        name = words.phase(one.phase)
+        spent[name] = spent.get(name, 0.0) + one.seconds
+    total = sum(spent.values())
+    large = sorted((n for n, s in spent.items() if s >= total / 100), key=lambda n: -spent[n])
+    rest = total - sum(spent[name] for name in large)
+    return (
+        ("Engines at work", words.percent(study.engine_share)),
+        *((name, words.duration(spent[name])) for name in large),
+        ("All else", words.duration(rest)),
+    )
 
 
 def _host(host: Host) -> tuple[tuple[str, str], ...]:

@@ -24,6 +24,21 @@ RECIPES = {
     "int8-weights-only": "int8 weights only",
     "int8-dynamic": "int8 (dynamic ranges)",
 }
+PHASES = {
+    "time": "timing files on an engine",
+    "evaluate": "running images on an engine",
+    "compile": "opening files on an engine",
+    "profile": "profiling operators on an engine",
+    "placement": "asking an engine what runs how",
+    "start engine": "starting engines",
+    "preprocess": "waiting for images",
+    "decode": "decoding images",
+    "load": "loading networks",
+    "export": "writing files",
+    "layers": "comparing layers with float32",
+    "rank": "ordering layers by what they cost",
+    "sensitivities": "sensitivities of regions",
+}
 MEASURES: dict[Measure, str] = {
     "top1-error": "top-1 error",
     "top5-error": "top-5 error",
@@ -131,6 +146,15 @@ def several(count: int, one: str, many: str = "") -> str:
 def engine(name: str) -> str:
     """Return an engine's own name."""
     return ENGINES.get(name, name)
+
+
+def phase(name: str) -> str:
+    """Return what a search does in a phase; the steps of recipes have their own names.
+
+    >>> phase("evaluate"), phase("fold_bn")
+    ('running images on an engine', 'fold_bn')
+    """
+    return PHASES.get(name, name)
 
 
 def recipe(name: str, keep_float: Sequence[str] = ()) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from fewbit.clock import PhaseTime
 from fewbit.errors import OutputError
 from fewbit.report import html
 from fewbit.report.html import render, write_report
@@ -244,3 +245,27 @@ def test_texts_and_marks_stand_out_in_both_themes() -> None:
         for place in range(6):
             assert contrast(theme[f"net-{place}"], theme["paper"]) >= 4.5
         assert contrast(theme["ink-3"], theme["card"]) >= 3
+
+
+def spent(phase: str, seconds: float, stage: str = "trials") -> PhaseTime:
+    return PhaseTime(stage=stage, phase=phase, seconds=seconds, cpu_s=0.0, child_cpu_s=0.0, times=1)
+
+
+def test_report_says_where_the_time_went() -> None:
+    assert "Where the time went" not in render(study())
+    phases = (
+        spent("time", 120.0),
+        spent("time", 30.0, "finish"),
+        spent("evaluate", 35.0),
+        spent("place", 1.0),
+    )
+    page = render(study(phases=(*phases, spent("<b>", 14.0))))
+    listing = page.split("Where the time went")[1].split("</dl>")[0]
+    rows = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", listing)
+    assert rows == [
+        ("Engines at work", "92.5 %"),
+        ("timing files on an engine", "2 min 30 s"),
+        ("running images on an engine", "35.0 s"),
+        ("&lt;b&gt;", "14.0 s"),
+        ("All else", "1.0 s"),
+    ]
