@@ -13,8 +13,7 @@ from pydantic import TypeAdapter
 from fewbit.clock import Clock, PhaseTime, phase
 from fewbit.engines.process import engines_cpu_s
 from fewbit.engines.saturation import saturating_engines
-from fewbit.engines.session import EngineName, FloatPrecision
-from fewbit.errors import FewbitError, InputError
+from fewbit.errors import InputError
 from fewbit.files import write_text
 from fewbit.measure.accuracy import Predictions
 from fewbit.measure.host import Host, describe_host, versions
@@ -24,15 +23,14 @@ from fewbit.search.finish import Finish
 from fewbit.search.fit import fewer, share_of_images
 from fewbit.search.gather import expected_note, expected_parts, gather, identity
 from fewbit.search.journal import Journal, Part, read_study, refuse_another
-from fewbit.search.ladder import PLAIN, Aids, Ladder, Proposal
-from fewbit.search.mixed_precision import Mix
+from fewbit.search.kept_aids import KeptAids, Run
+from fewbit.search.ladder import Aids, Ladder, Proposal
 from fewbit.search.options import StudyOptions
 from fewbit.search.speeds import Sessions, Speeds
 from fewbit.search.standing import Standing, Terms
 from fewbit.search.trial import Answer, DataRecord, LeftOut, StudyRecord, Trial
 from fewbit.search.trials import Trials
 from fewbit.search.watch import Event, EventKind, Watch, silence
-from fewbit.search.weight_widths import Widths
 from fewbit.search.workbench import Workbench
 
 __all__ = ["read_study", "run_study"]
@@ -40,12 +38,7 @@ __all__ = ["read_study", "run_study"]
 _FINISH_S = 16.0
 _FIRST_TRIAL_S = 8.0
 _MOST_REFUTED = 6
-_MINUTES_TO_MIX = 8.0
-_LEAST_MS_TO_MIX = 2.0  # of a batch: below, the times of its regions are lost in noise
-_MIXES = TypeAdapter(tuple[Mix, ...])
 _LEFT_OUT = TypeAdapter(tuple[LeftOut, ...])
-_WIDTHS = TypeAdapter(tuple[Widths, ...])
-_SHARE_FOR_WIDTHS = 0.4
 _PHASES = TypeAdapter(tuple[PhaseTime, ...])
 
 
@@ -147,13 +140,22 @@ class _Search:
 
     def _climb(self) -> Proposal | None:
         """Measure what the ladder proposes; return what it would next where time or trials are out."""
-        mixing = self._mixing if self._has_time_to_mix() else None
-        ladder = Ladder(lambda history: self._standing(), Aids(self._ranking, mixing, self._widening))
+        ladder = Ladder(lambda history: self._standing(), self._aids())
         while (proposal := ladder.propose(self.history)) is not None and self._may_go_on():
             self._tell_left_out()
             self._measure(proposal)
         self._tell_left_out()
         return proposal
+
+    def _aids(self) -> Aids:
+        run = Run(
+            self._standing,
+            self._may_go_on,
+            self._left_s,
+            lambda text, done: self._tell("progress", text, inside=done),
+            self._note,
+        )
+        return KeptAids(self.trials, self.journal, run, self.known.options.minutes).aids()
 
     def _tell_left_out(self) -> None:
         """Say who has no hope any more, once; the journal keeps what was known when it was decided."""
@@ -287,69 +289,6 @@ class _Search:
         used, search = len(bench.images.search), len(before.search)
         self.data = self.data.model_copy(update={"search": used, "holdout": len(bench.images.holdout)})
         self._note(f"{used} of {search} search images are used, so that the minutes given suffice")
-
-    @phase("ranking")
-    def _ranking(self, network: str, engine: EngineName, base: str) -> tuple[str, ...]:
-        name = f"ranking {network} {engine} {base}"
-        kept = self.journal.decision(name)
-        if kept is None:
-            if not self._may_go_on():  # what takes long is for a trial that will not come
-                return ()
-            self._tell("progress", f"{network}: which layers cost most")
-            kept = "\n".join(self.trials.benches[network].ranking(engine, base))
-            self.journal.decide(name, kept)
-        return tuple(kept.split("\n"))
-
-    @phase("regions")
-    def _mixing(
-        self, network: str, engine: EngineName, base: str, float_precision: FloatPrecision
-    ) -> tuple[Mix, ...]:
-        name = f"mixes {network} {engine} {base} {float_precision}"
-        kept = self.journal.decision(name)
-        if kept is None:
-            trial = self._standing().find(network, engine, PLAIN)
-            if trial is None or trial.timing is None or trial.timing.ms_per_batch_p50 < _LEAST_MS_TO_MIX:
-                return ()
-            if not self._may_go_on():
-                return ()
-            alone = {"threads": trial.setting.threads_per_stream, "streams": 1}
-            setting = trial.setting.model_copy(update=alone | {"float_precision": float_precision})
-
-            def tell(done: float) -> None:
-                self._tell("progress", f"{network} on {engine}: times of regions", done)
-
-            tell(0.0)
-            self.trials.sessions.free()
-            try:
-                mixes = self.trials.benches[network].mixes(setting, tell)
-            except FewbitError as reason:
-                mixes = ()
-                self._note(f"{network} on {engine}: mixed precision was not tried ({reason})")
-            kept = _MIXES.dump_json(mixes).decode()
-            self.journal.decide(name, kept)
-        return _MIXES.validate_json(kept)
-
-    def _widening(self, network: str) -> tuple[Widths, ...]:
-        kept = self.journal.decision(name := f"widths {network}")
-        if kept is None:
-            left = self._left_s()
-
-            def tell(done: float) -> None:
-                self._tell("progress", f"{network}: what each width of weights costs", done)
-
-            try:
-                limit_s = None if left is None else _SHARE_FOR_WIDTHS * left
-                found = self.trials.benches[network].widths(limit_s, tell)
-            except FewbitError as reason:
-                self._note(f"{network}: weights under 8 bits were not tried ({reason})")
-                return ()
-            kept = _WIDTHS.dump_json(found).decode()
-            self.journal.decide(name, kept)
-        return _WIDTHS.validate_json(kept)
-
-    def _has_time_to_mix(self) -> bool:
-        minutes = self.known.options.minutes
-        return minutes is None or minutes >= _MINUTES_TO_MIX
 
     def _check_expected(self) -> None:
         """Hold float32 against what its card expects, the first thing that a reader must know."""

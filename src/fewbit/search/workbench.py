@@ -76,7 +76,7 @@ class Built:
     @property
     def packed_bytes(self) -> int:
         """Size of the file were its narrow weights packed; see `fewbit.export.packed.packed_bytes`."""
-        return packed_bytes(self.net, self.bytes)
+        return 0 if self.net is None else packed_bytes(self.net, self.bytes)  # a float file was there
 
 
 def digest_network(card: Card, net: Net) -> str:
@@ -222,7 +222,7 @@ class Workbench:
         """
         few = list(self._some(images_for_ranking(self.card.input.size)))
         context = self._context("onnxruntime", None)
-        folded, _ = run_recipe(read_recipe("float32"), self.net, context)
+        folded = self._prepared.run(read_recipe("float32"), context)
         return choose_widths(folded, few, limit_s=limit_s, tell=tell)
 
     def _context(self, engine: EngineName, advance: Advance | None) -> Context:
