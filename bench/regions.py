@@ -1,6 +1,9 @@
 """How well the time of a network is predicted from the precision of its regions.
 
     python bench/regions.py ../shared/networks/resnet20.toml --engine openvino --float-precision bf16
+    python bench/regions.py --float-precision bf16
+
+Without arguments the networks are the ten of `speed.py`, with random weights.
 
 The prediction is guessed with the engine's profiler and fitted to `--fit` random assignments of precisions
 (region by region, integers or float), each timed in turns with the network all in integers. Then `--test`
@@ -12,6 +15,7 @@ which no prediction can be better than.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,10 +29,10 @@ from scipy.stats import spearmanr
 
 import fewbit
 from fewbit.engines.session import EngineName, FloatPrecision
-from fewbit.load.capture import load
 from fewbit.measure.host import sums_exactly
 from fewbit.measure.region_latency import fit_region_latency
 from fewbit.search.region_probe import RegionProbe
+from speed_networks import ZOO, open_network
 
 
 def measure(net: fewbit.Net, setting: fewbit.Setting, fit: int, test: int, seed: int) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def measure(net: fewbit.Net, setting: fewbit.Setting, fit: int, test: int, seed:
 
 
 @click.command(help=__doc__)
-@click.argument("cards", nargs=-1, required=True)
+@click.argument("networks", nargs=-1, metavar="[NETWORK|CARD]...")
 @click.option("--engine", default="openvino", show_default=True)
 @click.option("--float-precision", default="float32", show_default=True)
 @click.option("--batch", default=8, show_default=True)
@@ -69,17 +73,18 @@ def measure(net: fewbit.Net, setting: fewbit.Setting, fit: int, test: int, seed:
 @click.option("--test", default=30, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def main(cards: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def main(networks: tuple[str, ...], as_json: bool, **options: Any) -> None:
     setting = fewbit.Setting(
         engine=cast(EngineName, options["engine"]),
         float_precision=cast(FloatPrecision, options["float_precision"]),
         batch=options["batch"],
         threads=options["threads"],
     )
-    found = [
-        measure(load(fewbit.read_card(card)), setting, options["fit"], options["test"], options["seed"])
-        for card in cards
-    ]
+    fit, test, seed = options["fit"], options["test"], options["seed"]
+    found = []
+    for source in networks or ZOO:
+        found.append(measure(open_network(source, seed, images=1).net, setting, fit, test, seed))
+        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     if as_json:
         click.echo(json.dumps(found))
         return
