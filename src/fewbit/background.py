@@ -37,8 +37,9 @@ def quiet() -> Iterator[None]:
     global _quiet
     with _changed:
         _quiet += 1
-        _changed.wait_for(lambda: not _working)
-    try:
+    try:  # from here on, for an interrupt while it waits must let others work again
+        with _changed:
+            _changed.wait_for(lambda: not _working)
         yield
     finally:
         with _changed:

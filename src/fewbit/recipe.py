@@ -299,9 +299,10 @@ class Prepared:
 
     def exact(self, recipe: Recipe, context: Context) -> Net:
         """Return the network after the exact steps that a recipe begins with; it is shared, so look only."""
-        key = f"{recipe.halves()[0].steps} {context.target.digest()}"
+        first = recipe.halves()[0]
+        key = f"{first.steps} {first.scheme.mode} {context.target.digest()}"
         if self._made is None or self._made[0] != key:
-            self._made = (key, run_recipe(recipe.halves()[0], self.net, context)[0])
+            self._made = (key, run_recipe(first, self.net, context)[0])
         return self._made[1]
 
     def run(self, recipe: Recipe, context: Context) -> Net:

@@ -3,6 +3,9 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
+from fewbit import background
 from fewbit.background import busy, quiet, working
 
 SOON_S, NEVER_S = 10.0, 0.1
@@ -43,6 +46,18 @@ def test_quiet_waits_for_work_and_keeps_more_from_beginning() -> None:
         for job in jobs:
             job.result()
     assert seen == [0, 0] and busy() == 0
+
+
+def test_an_interrupt_while_it_waits_lets_others_work_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(background._changed, "wait_for", interrupt)
+        with pytest.raises(KeyboardInterrupt), quiet():
+            pass
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(count).result(SOON_S) == 1
 
 
 def test_work_goes_on_beside_work() -> None:

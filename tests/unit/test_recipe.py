@@ -346,6 +346,17 @@ def test_a_prepared_network_gives_the_same_bits(name: str) -> None:
             assert all(torch.equal(state[key], value) for key, value in expected.graph.state_dict().items())
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_what_is_prepared_does_not_depend_on_what_ran_before(engine: str) -> None:
+    context, net = make_context(engine), make_net("branches")
+    names = ["int8", "int8-weights-only", "int8-dynamic", "float32"]
+    expected = {name: str(run_recipe(read_recipe(name), net, context)[0].graph.graph) for name in names}
+    for order in (names, names[::-1]):
+        prepared = Prepared(net)
+        for name in order:
+            assert str(prepared.run(read_recipe(name), context).graph.graph) == expected[name]
+
+
 def test_exact_steps_are_run_once_for_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     call = Canonical.__call__

@@ -23,8 +23,8 @@ class Target(Frozen):
         integer_kinds: Kinds besides convolutions and matrix products that the engine runs in integers.
         sharing_kinds: Kinds that move or select values: their output shares the quantizer of their input.
         quantizes_output: A convolution runs in integers only with a quantizer behind it.
-        fuses_residual: The engine adds a residual inside the convolution's kernel, in float, so no
-            quantizer stands between a convolution and the sum that alone reads it.
+        fuses_residual: The engine adds a residual to a convolution's result in float, so no quantizer stands
+            between a convolution and the sum that alone reads it.
         splits_silu: The engine runs SiLU in integers only as a sigmoid and a product.
         rounds_for_norms: What a BatchNorm reads behind a concatenation is worth rounding before it, for the
             engine normalizes each part alone and reads its codes faster than its values.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -21,7 +23,7 @@ class Canonical(Step):
     x * relu6(x + 3) / 6 become hard-swish, relu6(x + 3) / 6 hard-sigmoid; relu(concat(a, b)) becomes
     concat(relu(a), relu(b)), so that each ReLU stands behind its convolution; channel shuffles go into the
     order of the channels of the convolutions around them; an average pool that strides moves to before a
-    1 x 1 convolution (but for integers of an engine that averages them slowly); zero padding before a
+    1 x 1 convolution (but for an engine that averages codes slowly); zero padding before a
     convolution becomes that convolution's own; a 1 x 1 convolution that pads becomes a 3 x 3 one; local
     response normalization takes a faster form.
     """
@@ -41,7 +43,7 @@ class Canonical(Step):
             widen_points,
             speed_norms,
         ]
-        if context.scheme.mode != "static" or not context.target.slow_average_pools:
+        if not context.target.slow_average_pools:
             rewrites.append(swap_pools)
         for rewrite in rewrites:
             for layer in net.layers():
@@ -155,34 +157,35 @@ def swap_pools(net: Net, node: fx.Node) -> bool:
     """Move an average pool that strides from behind a 1 x 1 convolution to before it, for fewer products.
 
     The mean of weighted sums is the weighted sum of means, and a window's weights sum to 1, so a bias stays.
+    Not across a BatchNorm, which tells the distribution of the convolution's values before the mean.
     """
     pool = _module(net, node)
     if not isinstance(pool, nn.AvgPool2d) or not _strides(pool) or not _is_mean(pool):
         return False
-    chain = [node.args[0]]
-    if isinstance(_module(net, chain[0]), nn.BatchNorm2d):
-        chain.append(chain[0].args[0])  # type: ignore[union-attr]
-    conv = _module(net, chain[-1])
+    source = node.args[0]
+    conv = _module(net, source)
     if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1) or conv.stride != (1, 1):
         return False
-    if any(ops.pads_of(conv)) or any(len(one.users) != 1 for one in chain if isinstance(one, fx.Node)):
+    assert isinstance(source, fx.Node)
+    if any(ops.pads_of(conv)) or len(source.users) != 1:
         return False
-    first = chain[-1]
-    assert isinstance(first, fx.Node) and isinstance(chain[0], fx.Node)
-    with net.graph.graph.inserting_before(first):
-        pooled = net.graph.graph.call_module(str(node.target), (first.args[0],))
-    first.args = (pooled,)
-    return _replace(net, node, chain[0])
+    with net.graph.graph.inserting_before(source):
+        pooled = net.graph.graph.call_module(str(node.target), (source.args[0],))
+    source.args = (pooled,)
+    return _replace(net, node, source)
 
 
 def _strides(pool: nn.AvgPool2d) -> bool:
-    stride = pool.stride if isinstance(pool.stride, tuple) else (pool.stride, pool.stride)
-    return min(stride) > 1
+    return min(_pair(pool.stride)) > 1
 
 
 def _is_mean(pool: nn.AvgPool2d) -> bool:
     """Tell whether every window's weights sum to 1: no padded zero is counted."""
-    return pool.padding in (0, (0, 0)) or not pool.count_include_pad
+    return _pair(pool.padding) == (0, 0) or not pool.count_include_pad
+
+
+def _pair(given: int | Sequence[int]) -> tuple[int, ...]:
+    return (given, given) if isinstance(given, int) else tuple(given)
 
 
 def fold_pads(net: Net, node: fx.Node) -> bool:

@@ -89,7 +89,8 @@ class _Routes:
             if len(self.shapes.get(node, ())) != 4:
                 continue
             if isinstance(module, ops.Concat) and module.dim in (1, -3):
-                self._enter(node, [one for read in node.all_input_nodes for one in self._of(read)])
+                parts = [read for read in node.args if isinstance(read, fx.Node)]
+                self._enter(node, [one for part in parts for one in self._of(part)])
             elif isinstance(module, ops.Slice) and set(module.ranges) == {1}:
                 self._enter(node, self._of(node.all_input_nodes[0])[slice(*module.ranges[1])])
             elif shuffled := self._shuffled(node):

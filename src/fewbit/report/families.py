@@ -21,7 +21,7 @@ from fewbit.report.plots import (
     ticks_of,
 )
 from fewbit.report.summary import axis_k, is_float, top
-from fewbit.report.tables import Cell, Column, Row, Table
+from fewbit.report.tables import Cell, Column, Row, Table, size_of
 from fewbit.search.budget import parse_budget
 from fewbit.search.standing import measured
 from fewbit.search.trial import LeftOut, NetworkCost, StudyRecord, Trial
@@ -125,7 +125,9 @@ def _inside(study: StudyRecord, trial: Trial) -> bool:
 
 
 def _worth(study: StudyRecord, trial: Trial) -> float:
-    return -float(trial.bytes) if study.objective == "size" else _rate(trial)
+    if study.objective == "size":
+        return -float(trial.counted_bytes) if trial.bytes else float("-inf")
+    return _rate(trial)
 
 
 def _rate(trial: Trial) -> float:
@@ -141,7 +143,7 @@ def _row(study: StudyRecord, member: Member, k: Literal[1, 5]) -> Row:
             _rate_cell(best),
             Cell(f"{gain:.2f}x", sort=str(gain)) if gain else Cell(),
             _accuracy_cell(best, k),
-            Cell(words.size(best.bytes), sort=str(best.bytes)) if best.bytes else Cell(),
+            size_of(best),
         )
         if best is not None
         else (Cell(),) * 4

@@ -217,13 +217,14 @@ def _trial_cells(trial: Trial, k: Literal[1, 5]) -> tuple[Cell, ...]:
         else Cell(),
         _share(top(accuracy, k), accuracy.interval(k)) if accuracy else Cell(),
         *_drop_cells(trial, k),
-        _size(trial),
+        size_of(trial),
         _integers(trial.placement),
         Cell(trial.rung, words.duration(trial.seconds), trial.rung),
     )
 
 
-def _size(trial: Trial) -> Cell:
+def size_of(trial: Trial) -> Cell:
+    """Show the size of a trial's file, sorted by what the objective counts: weights under 8 bits packed."""
     if not trial.bytes:
         return Cell()
     packed = f"{words.size(trial.packed_bytes)} with weights packed" if trial.packed_bytes else ""

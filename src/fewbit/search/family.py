@@ -12,6 +12,7 @@ from fewbit.measure.host import Host
 from fewbit.search.answer import describe
 from fewbit.search.standing import Pair, Standing, measured
 from fewbit.search.trial import LeftOut, NetworkCost, Trial
+from fewbit.search.weight_widths import WIDTHS
 
 GAIN_OF_PIXELS = 1.15
 """More than a file has been seen to gain by taking pixels: 1.02 to 1.11."""
@@ -196,25 +197,21 @@ class Family:
         return LeftOut(network=pair.network, engine=pair.engine, reason="accuracy", text=_named(pair, text))
 
     def _too_large(self, pair: Pair, cost: NetworkCost, best: Trial) -> LeftOut | None:
+        """Say why it is too large: a budget is of the file, a byte a weight; the objective packs weights."""
         limits = [(b.limit, b.text) for b in self.view.terms.budgets if b.measure == "bytes"]
-        if self.view.terms.objective == "size":
-            limits.append((float(best.bytes), f"{describe(best)} has {best.bytes:,}"))
-        if not limits:
+        limit, name = min(limits, default=(math.inf, ""))
+        if cost.weights >= limit:
+            text = f"its weights alone take {cost.weights:,} bytes in 8 bits; {name}"
+            return _too_many_bytes(pair, cost.weights, limit, text)
+        bits, least = min(WIDTHS), math.ceil(cost.weights * min(WIDTHS) / 8)
+        if self.view.terms.objective != "size" or least < best.counted_bytes:
             return None
-        limit, name = min(limits)
-        if cost.weights < limit:
-            return None
-        text = f"its weights alone take {cost.weights:,} bytes in 8 bits; {name}"
-        least = float(cost.weights)
-        return LeftOut(
-            network=pair.network,
-            engine=pair.engine,
-            reason="bytes",
-            low=least,
-            high=least,
-            to_beat=limit,
-            text=_named(pair, text),
+        packed = " with weights packed" if best.packed_bytes else ""
+        text = (
+            f"its weights alone take {least:,} bytes packed in {bits} bits; "
+            f"{describe(best)} has {best.counted_bytes:,}{packed}"
         )
+        return _too_many_bytes(pair, least, best.counted_bytes, text)
 
     def _too_slow(self, pair: Pair, best: Trial) -> LeftOut | None:
         found, to_beat = self.forecast(pair), _least(self.view, best)
@@ -257,6 +254,18 @@ def _least(view: Standing, best: Trial) -> float:
     if timing is None or not timing.ratio or timing.ratio_interval is None:
         return value
     return value * min(1.0, timing.ratio_interval.low / timing.ratio)
+
+
+def _too_many_bytes(pair: Pair, least: int, to_beat: float, text: str) -> LeftOut:
+    return LeftOut(
+        network=pair.network,
+        engine=pair.engine,
+        reason="bytes",
+        low=least,
+        high=least,
+        to_beat=to_beat,
+        text=_named(pair, text),
+    )
 
 
 def _named(pair: Pair, text: str) -> str:

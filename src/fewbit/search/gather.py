@@ -17,6 +17,7 @@ from fewbit.load.capture import load
 from fewbit.load.card import Card, ExpectedSection
 from fewbit.measure.accuracy import Accuracy
 from fewbit.measure.host import Host
+from fewbit.net import Net
 from fewbit.search.journal import Part
 from fewbit.search.options import StudyOptions
 from fewbit.search.trial import DataRecord, Skipped
@@ -49,23 +50,33 @@ def gather(
     shared: dict[_Kind, Images] = {}
     opened = {_kind(card): card for card in options.cards}
     wholes = {kind: _open(options, card, options.data) for kind, card in opened.items()}
-    for whole in wholes.values():  # threads decode while the networks are loaded
-        whole.begin()
+    try:
+        for whole in wholes.values():  # threads decode while the networks are loaded
+            whole.begin()
+        nets = _load(options, tell)
+        benches = []
+        for card, net in zip(options.cards, nets, strict=True):
+            kind = _kind(card)
+            if kind not in shared:
+                with phase("decode"):
+                    wholes[kind].decode(lambda fraction: tell("decoding images", fraction))
+                shared[kind] = _split(options, card, wholes[kind])
+            folder = options.out / "files"
+            benches.append(Workbench(card, net, shared[kind], folder, options.seed, saturating))
+    except BaseException:  # else the process would decode all that is queued before it ends
+        for whole in wholes.values():
+            whole.close()
+        raise
+    return tuple(benches), _record(options, benches[0], wholes[_kind(options.cards[0])])
+
+
+def _load(options: StudyOptions, tell: Tell) -> list[Net]:
     nets = []
     for place, card in enumerate(options.cards):
         tell(f"loading {card.network.name}", place / len(options.cards))
         with phase("load"):
             nets.append(load(card, options.seed))
-    benches = []
-    for card, net in zip(options.cards, nets, strict=True):
-        kind = _kind(card)
-        if kind not in shared:
-            with phase("decode"):
-                wholes[kind].decode(lambda fraction: tell("decoding images", fraction))
-            shared[kind] = _split(options, card, wholes[kind])
-        folder = options.out / "files"
-        benches.append(Workbench(card, net, shared[kind], folder, options.seed, saturating))
-    return tuple(benches), _record(options, benches[0], wholes[_kind(options.cards[0])])
+    return nets
 
 
 def identity(

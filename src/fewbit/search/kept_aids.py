@@ -54,6 +54,7 @@ class KeptAids:
 
     def __init__(self, trials: Trials, journal: Journal, run: Run, minutes: float | None) -> None:
         self.trials, self.journal, self.run, self.minutes = trials, journal, run, minutes
+        self._refused = set[str]()  # not in the journal: a later run may have more time
 
     def aids(self) -> Aids:
         """Return what there is time for."""
@@ -104,6 +105,8 @@ class KeptAids:
     def _widening(self, network: str) -> tuple[Widths, ...]:
         kept = self.journal.decision(name := f"widths {network}")
         if kept is None:
+            if network in self._refused or not self.run.goes_on():
+                return ()
             left = self.run.left_s()
 
             def tell(done: float) -> None:
@@ -113,6 +116,7 @@ class KeptAids:
                 limit_s = None if left is None else _SHARE_FOR_WIDTHS * left
                 found = self.trials.benches[network].widths(limit_s, tell)
             except FewbitError as reason:
+                self._refused.add(network)
                 self.run.note(f"{network}: weights under 8 bits were not tried ({reason})")
                 return ()
             kept = _WIDTHS.dump_json(found).decode()

@@ -329,19 +329,22 @@ def _held_in_int8(view: Standing) -> list[Trial]:
 
 
 def _next_widths(view: Standing, held: Trial, choices: Sequence[Widths]) -> Proposal | None:
-    """Halve along a front for the fewest bytes inside the budget; what its codes alone exceed is left out."""
+    """Halve along a front for the fewest bytes inside the budget; what is too large bounds it as well."""
     pair, base = Pair(held.network, held.setting.engine), _base_of(held)
     kept = held.recipe.removeprefix(base)
-    own = {t.key for t in view.trials if t.rung == "widths" and t.network == held.network}
-    most = -view.value(next(t for t in view.ranked() if t.key not in own))
-    count = sum(choice.code_bytes < most for choice in choices)
+    most = _most_bytes(view, held.network)
+    count = _count_smaller(held, choices, most)
     again = () if base in (*RECONSTRUCTED, WEIGHTS_ONLY) else RECONSTRUCTED
     names = {r: [f"{r}{kept}-widths{place}" for place in range(count)] for r in (base, *again)}
     tried = {r: [view.find(*pair, name) for name in row] for r, row in names.items()}
-    inside = [p for row in tried.values() for p, t in enumerate(row) if t is not None and view.meets(t)]
-    high = min(inside, default=count)
+
+    def bounds(trial: Trial) -> bool:  # roundings differ little in bytes: too large in one is so in all
+        return view.meets(trial) or trial.counted_bytes >= most or _unseen(trial)
+
+    high = min((p for row in tried.values() for p, t in enumerate(row) if t and bounds(t)), default=count)
     for rounding, row in tried.items():
-        low = max((p for p, t in enumerate(row) if t is not None and not view.meets(t)), default=-1)
+        outside = (p for p, t in enumerate(row) if t and not view.meets(t) and not _unseen(t))
+        low = max(outside, default=-1)
         if high - low > 1:
             middle = (low + high) // 2
             return Proposal(
@@ -355,6 +358,26 @@ def _next_widths(view: Standing, held: Trial, choices: Sequence[Widths]) -> Prop
                 bits=tuple(choices[middle].bits.items()),
             )
     return None
+
+
+def _unseen(trial: Trial) -> bool:
+    """Say whether it was dropped before any image was run: by its size, so its accuracy is not known."""
+    return trial.state == "dropped" and trial.accuracy is None
+
+
+def _most_bytes(view: Standing, network: str) -> int:
+    """Return the bytes that fewer bits have to beat: those of the best that has none of this network's."""
+    own = {t.key for t in view.trials if t.rung == "widths" and t.network == network}
+    return next(t for t in view.ranked() if t.key not in own).counted_bytes
+
+
+def _count_smaller(held: Trial, choices: Sequence[Widths], most: int) -> int:
+    """Say how many choices may give a file of fewer bytes, by what they spare of one in 8 bits."""
+    if not choices:
+        return 0
+    # The smallest choice has one width for all, so its bytes tell how many weights there are.
+    weights = choices[0].code_bytes * 8 / min(choices[0].bits.values())
+    return sum(held.bytes - weights + choice.code_bytes < most for choice in choices)
 
 
 def pixels(view: Standing, _: Aids) -> Proposal | None:

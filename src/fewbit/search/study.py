@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import NamedTuple
 
 from pydantic import TypeAdapter
@@ -134,20 +135,23 @@ class _Search:
             answer = self._finish()
         record = self._record(answer)
         self.journal.decide("record", record.model_dump_json())
+        self._keep_time()
         text = "nothing ran" if answer is None else "found" if answer.found else "nothing inside the budget"
         self._tell("answer", text, fraction=1.0)
         return record
 
     def _climb(self) -> Proposal | None:
         """Measure what the ladder proposes; return what it would next where time or trials are out."""
-        ladder = Ladder(lambda history: self._standing(), self._aids())
+        ladder = Ladder(lambda history: self._standing(), self._aids)
         while (proposal := ladder.propose(self.history)) is not None and self._may_go_on():
             self._tell_left_out()
             self._measure(proposal)
         self._tell_left_out()
         return proposal
 
+    @cached_property
     def _aids(self) -> Aids:
+        """What rungs may ask for: one for the whole run, which remembers what was refused."""
         run = Run(
             self._standing,
             self._may_go_on,
@@ -204,9 +208,12 @@ class _Search:
     def _add(self, trial: Trial, predictions: dict[Part, Predictions]) -> None:
         self.journal.add(trial, predictions)
         self.history.append(trial)
+        self._keep_time()
+        self.journal.decide("record", self._record(None).model_dump_json())
+
+    def _keep_time(self) -> None:
         self.journal.decide("seconds", str(self._seconds()))
         self.journal.decide("phases", _PHASES.dump_json(self.clock.phases()).decode())
-        self.journal.decide("record", self._record(None).model_dump_json())
 
     def _make_finish(self) -> Finish:
         left = self._left_s()
@@ -255,6 +262,7 @@ class _Search:
                 self.journal.forget(f"baseline {bench.name}")
             self.journal.forget("answer")
             self.journal.forget("refuted")
+            self.journal.forget("left out")
             self.journal.forget("holdout looks")
             self._note(
                 f"the limit of latency is another than before: {count} trials, timed in settings chosen for "
@@ -264,6 +272,7 @@ class _Search:
             count = self.journal.forget_trials("dropped")
             self.journal.forget("answer")
             self.journal.forget("refuted")
+            self.journal.forget("left out")
             same = Terms.model_validate_json(before).budgets == terms.budgets
             what = "what the answer may take is" if same else "the budgets are"
             others = "another" if same else "others"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from fewbit.search.settings import EVALUATION_BATCH, evaluation
 from fewbit.search.speeds import Sessions, Speeds
 from fewbit.search.standing import Standing
 from fewbit.search.trial import LayerRecord, Trial
+from fewbit.search.weight_widths import WIDTHS
 from fewbit.search.workbench import Built, Workbench
 
 _ROUNDS = 8
@@ -249,9 +251,7 @@ class Trials:
     def _too_slow(self, proposal: Proposal, view: Standing, found: _Findings) -> str:
         """Say which proven trial is better already in what is asked for, empty where none is."""
         if view.terms.objective == "size":
-            size = found.packed_bytes or found.bytes
-            smaller = next((t for t in view.ranked() if view.proven(t) and t.counted_bytes < size), None)
-            return "" if smaller is None else f"{size} bytes; {describe(smaller)} has {smaller.counted_bytes}"
+            return too_large(proposal, view, found.packed_bytes or found.bytes)
         assert found.timing is not None
         faster = view.too_slow(proposal.network, found.timing)
         if faster is None or faster.timing is None:
@@ -260,6 +260,14 @@ class Trials:
             f"{found.timing.images_per_s:,.0f} images/s; {describe(faster)} runs at about "
             f"{view.value(faster):,.0f} and is proven"
         )
+
+
+def too_large(proposal: Proposal, view: Standing, size: int) -> str:
+    """Say which proven trial is smaller even than plain int8 with the fewest bits a weight there are."""
+    cost = next((c for c in view.terms.costs if c.network == proposal.network), None)
+    spare = 0 if cost is None else cost.weights - math.ceil(cost.weights * min(WIDTHS) / 8)
+    smaller = next((t for t in view.ranked() if view.proven(t) and t.counted_bytes <= size - spare), None)
+    return "" if smaller is None else f"{size} bytes; {describe(smaller)} has {smaller.counted_bytes}"
 
 
 def _with_precisions(layers: Sequence[LayerRecord], placement: Placement | None) -> tuple[LayerRecord, ...]:

@@ -34,6 +34,7 @@ from fewbit.step import Context
 from fewbit.version import __version__
 
 _BATCH_VALUES = 4 * 3 * 224 * 224
+_FLOAT_FORM: EngineName = "openvino"  # whose rewrites a float file has
 _RECORD_IMAGES = 32
 
 Advance = Callable[[str, float], None]
@@ -156,14 +157,14 @@ class Workbench:
         return self.folder / f"{self.name}-{recipe.name}{suffix}.onnx"
 
     def build(self, recipe: Recipe, engine: EngineName, advance: Advance | None = None) -> Built:
-        """Carry a recipe out and export it, the same bytes each time.
+        """Carry a recipe out and export it, the same bytes each time; a float file is one for all engines.
 
         Raises:
             RecipeError: The recipe does not fit the network.
             OutputError: The file cannot be written.
         """
         try:
-            context = self._context(engine, advance)
+            context = self._context(engine if recipe.places else _FLOAT_FORM, advance)
             float_net, net = self._prepared.exact(recipe, context), self._prepared.run(recipe, context)
         except Exception:  # what is left of a kill serves the next run, what is left of a failure nobody
             shutil.rmtree(self._partial, ignore_errors=True)

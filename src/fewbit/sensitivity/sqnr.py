@@ -158,7 +158,8 @@ def layer_records(
     network with its quantizers off, unless the float network given went through that step too.
 
     Args:
-        float_net: The captured network, its float form, or that as it was before quantizers were placed.
+        float_net: Its float form, or that as it was before quantizers were placed; or the captured network,
+            which is rewritten as for ONNX Runtime.
         net: Quantized from it, or a float form of it.
         batches: Images (N, C, H, W) float32.
         signals: What earlier calls with the same float network and images saw of its layers, which is not

@@ -29,6 +29,7 @@ class Small(nn.Module):
         self.point, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
         self.norm.running_mean.fill_(0.3)
         self.drop = nn.Dropout(0.5)
+        self.pool = nn.AvgPool2d([2, 2], stride=[2, 2], padding=[0, 0])  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self, x).mean((2, 3))
@@ -70,7 +71,8 @@ POOLED: dict[str, tuple[Body, list[str]]] = {
         lambda m, x: F.avg_pool2d(m.point(x), 3, 2, 1, count_include_pad=False),
         ["AvgPool", "Conv"],
     ),
-    "norm between": (lambda m, x: F.avg_pool2d(m.norm(m.point(x)), 2), ["AvgPool", "Conv", "BatchNorm"]),
+    "norm between": (lambda m, x: F.avg_pool2d(m.norm(m.point(x)), 2), ["Conv", "BatchNorm", "AvgPool"]),
+    "lists": (lambda m, x: m.pool(m.point(x)), ["AvgPool", "Conv"]),
     "padding counted": (lambda m, x: F.avg_pool2d(m.point(x), 3, 2, 1), ["Conv", "AvgPool"]),
     "no stride": (lambda m, x: F.avg_pool2d(m.point(x), 3, 1), ["Conv", "AvgPool"]),
     "wider kernel": (lambda m, x: F.avg_pool2d(m.a(x), 2), ["Conv", "AvgPool"]),

@@ -97,6 +97,26 @@ def test_a_stage_loses_its_shuffles_and_computes_the_same() -> None:
     assert unshuffle(net) == 0
 
 
+class Twice(nn.Module):
+    """A shuffle of one tensor beside itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        return self.fc(self.b(F.channel_shuffle(torch.cat((y, y), 1), 2)).mean((2, 3)))
+
+
+def test_a_tensor_beside_itself_keeps_its_shuffle() -> None:
+    net = capture(Twice().eval(), "twice", (3, 8, 8))
+    before = net(net.example())
+    assert unshuffle(net) == 0
+    assert torch.equal(net(net.example()), before)
+
+
 def test_every_channel_is_copied_once() -> None:
     net = stage()
     unshuffle(net)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fewbit.report import words
 from fewbit.report.families import families_plot, families_table, members
 from fewbit.report.html import render
 from fewbit.report.summary import pareto_json, result_json
@@ -75,6 +76,31 @@ def test_the_best_is_inside_the_budget_before_it_is_fast() -> None:
     )
     assert found["resnet56"].best.key == fast.key
     assert [m.best is None for m in members(family())] == [False, False, True]
+
+
+def narrow(study: Any, network: str, **sizes: int) -> Any:
+    """Put a twin with weights under 8 bits beside the int8 of a network."""
+    like = next(t for t in study.trials if (t.network, t.recipe) == (network, "int8-percentile"))
+    changes = {"key": "narrow", "recipe": "int8-widths3", "rung": "widths", **sizes}
+    return study.model_copy(update={"trials": (*study.trials, like.model_copy(update=changes))})
+
+
+def test_for_size_weights_under_8_bits_count_as_packed() -> None:
+    record = family(objective="size", answer=None)
+    least = min(t.bytes for t in record.trials if t.network == "resnet56" and t.bytes)
+    record = narrow(record, "resnet56", bytes=least + 900, packed_bytes=least // 2)
+    found = {m.name: m for m in members(record)}
+    assert found["resnet56"].best is not None and found["resnet56"].best.key == "narrow"
+    table = families_table(record)
+    place = [column.title for column in table.columns].index("Size")
+    cell = next(row for row in table.rows if row.network == "resnet56").cells[place]
+    assert cell.text == words.size(least + 900) and cell.sort == str(least // 2)
+    assert cell.note == f"{words.size(least // 2)} with weights packed"
+
+
+def test_for_size_a_trial_without_a_file_is_not_the_smallest() -> None:
+    record = narrow(family(objective="size", answer=None), "resnet56", bytes=0)
+    assert {m.name: m.best.key for m in members(record) if m.best is not None}["resnet56"] != "narrow"
 
 
 def test_the_table_says_what_each_came_to() -> None:

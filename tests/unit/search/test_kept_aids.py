@@ -102,4 +102,17 @@ def test_nothing_is_worked_out_for_a_trial_that_will_not_come() -> None:
     aids = case.aids()
     assert aids.ranking("net", "openvino", "int8") == ()
     assert aids.mixing("net", "openvino", "int8", "bf16") == ()
-    assert case.bench.asked == [] and not case.journal
+    assert aids.widening("net") == ()
+    assert case.bench.asked == [] and not case.journal and case.notes == []
+    case.goes_on = True
+    assert aids.widening("net") == () and case.bench.asked == ["widths 40.0"]  # it was not refused
+
+
+def test_a_refusal_of_widths_is_asked_for_and_noted_once_a_run() -> None:
+    case = Case(Bench(fails=True))
+    aids = case.aids()
+    for _ in range(3):
+        assert aids.widening("net") == ()
+    assert case.bench.asked == ["widths 40.0"]
+    assert case.notes == ["net: weights under 8 bits were not tried (it takes longer)"]
+    assert case.aids().widening("net") == () and len(case.bench.asked) == 2  # the next run may have more time
