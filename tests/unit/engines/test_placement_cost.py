@@ -311,11 +311,9 @@ def test_a_profile_made_by_hand_is_sorted_to_the_last_microsecond(files: Files) 
     assert PlacementCost.model_validate_json(found.model_dump_json()) == found
 
 
-def test_mobilenet_v2_adds_up_on_both_engines(tmp_path: Path) -> None:
-    card = Path("/work/shared/networks/mobilenet_v2.toml")
-    if not card.exists():
-        pytest.skip("needs the shared networks")
-    net = load(read_card(card))
+@pytest.mark.needs_shared
+def test_mobilenet_v2_adds_up_on_both_engines(tmp_path: Path, shared: Path) -> None:
+    net = load(read_card(shared / "networks" / "mobilenet_v2.toml"))
     for engine in ("onnxruntime", "openvino"):
         images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         made = run_recipe(read_recipe("int8"), net, make_context(engine, images))[0]
