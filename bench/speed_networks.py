@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fewbit.data.image_set import ImageSet
 from fewbit.data.images import open_images
@@ -21,6 +20,7 @@ from fewbit.load.capture import capture, load
 from fewbit.load.card import Card, read_card
 from fewbit.load.model import build_model
 from fewbit.net import Net
+from fewbit.search.cost import count_cost
 
 ZOO = (
     "resnet18",
@@ -65,14 +65,7 @@ class Network:
     @cached_property
     def macs(self) -> int:
         """Multiplications of one image in convolutions and matrix products."""
-        return count_macs(self.net)
-
-
-def count_macs(net: Net) -> int:
-    """Count the multiplications of one image in convolutions and matrix products."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(net.example())
-    return int(counter.get_total_flops()) // 2
+        return count_cost(self.net).macs
 
 
 def open_network(source: str, seed: int, images: int) -> Network:

@@ -22,8 +22,9 @@ from fewbit.engines.process import EngineProcess
 from fewbit.engines.session import Setting
 from fewbit.errors import EngineError
 from fewbit.load.capture import capture
+from fewbit.search.cost import count_cost
 from speed_answers import Kind, make_file
-from speed_networks import Network, count_macs
+from speed_networks import Network
 
 # (channels, side of the image, side of the kernel)
 SHAPES = ((256, 28, 1), (512, 28, 1), (1024, 14, 1), (128, 28, 3), (256, 28, 3), (512, 14, 3))
@@ -46,7 +47,7 @@ def measure_peak(shape: tuple[int, int, int], batch: int, calls: int, length: in
     model = nn.Sequential(*chain, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     net = capture(model, "chain", (channels, side, side))
     images = np.random.default_rng(0).standard_normal((2, channels, side, side)).astype(np.float32)
-    macs = count_macs(net) * batch / length
+    macs = count_cost(net).macs * batch / length
     with tempfile.TemporaryDirectory() as folder, EngineProcess("openvino") as process:
         path = make_file(Network("chain", "chain", net, images), Kind("int8", "openvino"), Path(folder), 0)
         session = process.open(path, Setting(engine="openvino", batch=batch))

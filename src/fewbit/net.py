@@ -92,6 +92,12 @@ class Net:
         lines = [f"{layer.name:<40} {layer.kind:<14} <- {', '.join(layer.inputs)}" for layer in self.layers()]
         return f"Net {self.name} {self.input_size}\n" + "\n".join(lines)
 
+    @property
+    def image_node(self) -> fx.Node:
+        """The node of the graph that stands for the images."""
+        image: fx.Node = next(node for node in self.graph.graph.nodes if node.op == "placeholder")
+        return image
+
     def layers(self) -> list[Layer]:
         """Return the layers in the order in which they run."""
         return list(self._layers())

@@ -34,7 +34,7 @@ class Partial:
 
     def __init__(self, exact: Net, net: Net) -> None:
         self.layers = net.layers()
-        self.image = next(node for node in net.graph.graph.nodes if node.op == "placeholder")
+        self.image = net.image_node
         self._end = next(node for node in net.graph.graph.nodes if node.op == "output").args[0]
         self._by_node = {layer.node: layer for layer in self.layers}
         known = {layer.name: layer.module for layer in exact.layers()}

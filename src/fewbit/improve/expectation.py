@@ -85,7 +85,7 @@ def moments_of(net: Net) -> dict[fx.Node, Moments]:
     The image has the mean and deviation of photographs. Terms of sums count as independent; zero padding is
     not looked at.
     """
-    image = next(node for node in net.graph.graph.nodes if node.op == "placeholder")
+    image = net.image_node
     known = {image: image_moments(net)}
     for layer in net.layers():
         sources = [known.get(source) for source in layer.node.all_input_nodes]

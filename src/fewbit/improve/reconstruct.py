@@ -118,7 +118,7 @@ def reconstruct(
         stack.enter_context(without_gradients(net))
         exact = stack.enter_context(Activations(context.memory_limit_bytes // 2, context.scratch))
         rounded = stack.enter_context(Activations(context.memory_limit_bytes // 2, context.scratch))
-        image = next(node for node in net.graph.graph.nodes if node.op == "placeholder")
+        image = net.image_node
         count = len(given)
         exact.put(image, given, 0, count)
         rounded.share(image, exact)

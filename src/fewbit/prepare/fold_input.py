@@ -53,7 +53,7 @@ class FoldInput(Step):
                 "the first layer; give them in the card's [input]"
             )
         low, high = (torch.tensor(end, dtype=torch.float64) for end in net.image_range)
-        image = next(node for node in net.graph.graph.nodes if node.op == "placeholder")
+        image = net.image_node
         readers = _readers(net, image)
         with net.graph.graph.inserting_after(image):
             pixels = add_layer(net.graph, "pixels", ops.Pixels(low, high), image)

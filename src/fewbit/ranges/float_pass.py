@@ -121,7 +121,7 @@ class FloatPass:
             for node in net.graph.graph.nodes
             if node.op == "call_module"
         }
-        self._image = next(node for node in net.graph.graph.nodes if node.op == "placeholder")
+        self._image = net.image_node
         self._same: dict[fx.Node, fx.Node] = {}
         calls = [call for node in self._modules for call in self._calls(node, finders.get(node))]
         self._program: list[_Call] = []

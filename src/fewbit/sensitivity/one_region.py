@@ -82,7 +82,7 @@ class Walk:
         self.question, self.how, self.forwards = question, how, 0.0
         graph = question.net.graph.graph
         self._layers = question.net.layers()
-        self._image = next(node for node in graph.nodes if node.op == "placeholder")
+        self._image = question.net.image_node
         self._end = next(node for node in graph.nodes if node.op == "output").all_input_nodes[0]
         self._rounded = [
             [_rounded_layers(question, region, width, how.ranges) for width in question.widths]

@@ -87,7 +87,7 @@ class _Walk:
     def __init__(self, net: Net, deviations: float, image: float, apart: bool) -> None:
         self.net, self.deviations, self.apart = net, deviations, apart
         self.moments = moments_of(net)
-        source = next(node for node in net.graph.graph.nodes if node.op == "placeholder")
+        source = net.image_node
         self.spans = {source: _of_image(net, image)}
         for layer in net.layers():
             self.spans[layer.node] = self._of(layer)
