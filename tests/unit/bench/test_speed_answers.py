@@ -43,6 +43,7 @@ def test_every_kind_of_file_is_made_once_with_its_ways(tmp_path: Path, asked: li
     wide = "bf16" if describe_host().bf16 else "float32"
     names = {"float32 onnxruntime float32", "int8 onnxruntime float32", "int8 of pixels onnxruntime float32"}
     names |= {"float32 openvino float32", f"float32 openvino {wide}", f"float32 of pixels openvino {wide}"}
+    names |= {"int8 openvino float32"}
     names |= {f"{name}{of} openvino {wide}" for name in ("int8", "mixed") for of in ("", " of pixels")}
     assert set(found) == names
     assert set(map(tuple, found.values())) == {((8, 2), (1, 2), (2, 2), (4, 2), (32, 2), (8, 1), (32, 1))}
