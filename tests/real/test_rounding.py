@@ -37,10 +37,11 @@ READABLE = [
 
 
 def open_dequantized(path: Path, folder: Path) -> tuple[Path, dict[str, str], dict[str, NDArray[np.generic]]]:
-    """Write the same file with every dequantized activation among its outputs.
+    """Write the same file with every dequantized activation among its outputs that no sum reads.
 
-    Real values, not codes: an output of codes would make OpenVINO keep them in the type of the file, where it
-    otherwise holds all of them as uint8 and so rounds differently.
+    A further reader of one side of a sum would keep the sum out of OpenVINO's convolution. Real values, not
+    codes: an output of codes would make OpenVINO keep them in the type of the file, where it otherwise holds
+    all of them as uint8 and so rounds differently.
 
     Returns:
         The file, the value to read for each tensor of codes, and the file's constants.
@@ -48,11 +49,14 @@ def open_dequantized(path: Path, folder: Path) -> tuple[Path, dict[str, str], di
     model = onnx.load(path)
     constants = {entry.name: numpy_helper.to_array(entry) for entry in model.graph.initializer}
     quantized = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    summed = {name for node in model.graph.node if node.op_type == "Add" for name in node.input}
     readers = {
         node.input[0]: node.output[0]
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0] in quantized
+        if node.output[0] not in summed
     }
+    assert len(readers) > len(quantized) / 3
     for value in readers.values():
         model.graph.output.append(onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
     everything = folder / f"dequantized-{path.name}"

@@ -145,14 +145,24 @@ def _openvino(node: Node, uses: _Uses) -> Found:
     if maker.kind in ("Conv", "GlobalAveragePool") and _runs_on_codes(maker, uses):
         new = _fused(maker, f"openvino.{maker.kind}", _inputs(maker), node, bounds)
         return new, swallowed | {maker.outputs[0]}
-    if maker.kind == "Add":
-        for codes, sums in (maker.inputs, maker.inputs[::-1]):
-            conv = uses.alone(sums)
-            if conv is None or conv.kind != "Conv" or not _runs_on_codes(conv, uses):
-                continue
-            if uses.dequantized(codes, one_grid=True):
-                new = _fused(conv, "openvino.Residual", (codes, *_inputs(conv)), node, bounds)
-                return new, swallowed | {maker.outputs[0], sums}
+    return _openvino_residual(maker, uses, node, bounds, swallowed) if maker.kind == "Add" else None
+
+
+def _openvino_residual(
+    add: Node, uses: _Uses, quantizer: Node, bounds: dict[str, float], swallowed: set[str]
+) -> Found:
+    """The sum of a Conv, perhaps with a pair behind it, and a tensor of codes."""
+    for codes, sums in (add.inputs, add.inputs[::-1]):
+        conv, gone = uses.alone(sums), swallowed | {add.outputs[0], sums}
+        kind, pair = "openvino.Residual", tuple[str, ...]()
+        if conv is not None and conv.kind == "Passes":
+            kind, pair = "openvino.ResidualInKernel", (conv.inputs[1],)
+            gone |= {conv.inputs[0]}
+            conv = uses.alone(conv.inputs[0])
+        if conv is None or conv.kind != "Conv" or not _runs_on_codes(conv, uses):
+            continue
+        if uses.dequantized(codes, one_grid=True):
+            return _fused(conv, kind, (codes, *_inputs(conv), *pair), quantizer, bounds), gone
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fewbit import numerics
 from fewbit.errors import EngineError
-from fewbit.spec import ImageInput
+from fewbit.spec import PASSES, ImageInput
 
 Array = NDArray[Any]
 
@@ -195,10 +195,29 @@ def read_graph(path: Path) -> Graph:
     shape = tuple(
         dim.dim_value if dim.HasField("dim_value") else None for dim in inputs[0].type.tensor_type.shape.dim
     )
-    nodes = tuple(_read_node(proto, index, opset) for index, proto in enumerate(graph.node))
+    nodes = _read_nodes(graph.node, opset)
     pixels = inputs[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     takes: ImageInput = "uint8" if pixels else "float32"
     return Graph(path.name, nodes, constants, inputs[0].name, shape, graph.output[0].name, takes)
+
+
+def _read_nodes(protos: Sequence[onnx.NodeProto], opset: int) -> tuple[Node, ...]:
+    """Read all nodes; a pair that the file's engine does not round at becomes one node "Passes".
+
+    Its inputs are the value, which is also its result, and the pair's scale; see `export.residual_sums`.
+    """
+    nodes, scales = [], dict[str, tuple[str, str]]()
+    for index, proto in enumerate(protos):
+        node = _read_node(proto, index, opset)
+        if any(entry.key == PASSES for entry in proto.metadata_props):
+            if node.kind == "QuantizeLinear":
+                scales[node.outputs[0]] = (node.inputs[0], node.inputs[1])
+                continue
+            if node.inputs[0] not in scales:
+                raise node.error(f"has '{PASSES}' without its QuantizeLinear; export the file again")
+            node = replace(node, kind="Passes", inputs=scales[node.inputs[0]])
+        nodes.append(node)
+    return tuple(nodes)
 
 
 def _read_node(proto: onnx.NodeProto, index: int, opset: int) -> Node:

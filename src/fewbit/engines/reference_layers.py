@@ -15,7 +15,7 @@ Arguments = Sequence[Value | None]
 Operator = Callable[[Node, Arguments], Value | tuple[Value, ...]]
 
 # Kinds of fused operators that are convolutions inside.
-CONVOLUTIONS = ("Conv", "ConvToFloat", "Residual")
+CONVOLUTIONS = ("Conv", "ConvToFloat", "Residual", "ResidualInKernel")
 
 NARROW_RANGES = {"int4": (-8, 7), "uint4": (0, 15), "int2": (-2, 1), "uint2": (0, 3)}
 

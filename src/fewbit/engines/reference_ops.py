@@ -397,6 +397,7 @@ OPERATORS: dict[str, Operator] = {
     # Values stay as they are.
     "Identity": moves(lambda _node, x, _others: x),
     "Dropout": moves(lambda _node, x, _others: x),
+    "Passes": moves(lambda _node, x, _others: x),
     "Flatten": moves(flatten),
     "Reshape": moves(reshape),
     "Squeeze": moves(squeeze),

@@ -246,6 +246,25 @@ def openvino_residual(node: Node, arguments: Given) -> Array:
     return openvino_fake_quantize(values, (low / step, high / step), node, scale, zero_point)
 
 
+def openvino_residual_in_kernel(node: Node, arguments: Given) -> Array:
+    """Add of codes and a Conv with a pair of scale P behind it, in the Conv's kernel, in steps of the codes.
+
+    The pair's FakeQuantize does not round: ``v = y (F O) + q`` with ``F = 255 / (127 P + 128 P)`` and
+    ``O = (127 (P / S) + 128 (P / S)) / 255``; then ``rint(v K'')`` with ``K = 255 / (h / S)``. Its clamp is
+    left out: the pair covers all that is told apart; see `export.residual_sums`.
+    """
+    other, *inputs, pair, scale, zero_point = arguments
+    assert isinstance(other, Coded)
+    values = openvino_sums_to_float(node, inputs)
+    lowest, highest = np.float32(-128), np.float32(127)
+    part = np.float32(pair) / np.float32(other.scale)
+    factor = STEPS / (np.float32(pair) * highest - np.float32(pair) * lowest)
+    values = values * (factor * ((part * highest - part * lowest) / STEPS)) + openvino_held(other, node)
+    _, high = openvino_interval(scale, zero_point)
+    steps = values * twice_inverted(STEPS / (high / np.float32(other.scale)))
+    return openvino_codes(steps, node, scale, zero_point)
+
+
 def openvino_global_average(node: Node, arguments: Given) -> Array:
     """GlobalAveragePool: ``m = sum q / (H W) - Z`` in steps of the input, then its FakeQuantize."""
     x, scale, zero_point = arguments
@@ -285,6 +304,7 @@ OPERATORS: dict[str, Operator] = {
     "openvino.ConvToFloat": openvino_sums_to_float,
     "openvino.GemmToFloat": openvino_sums_to_float,
     "openvino.Residual": openvino_residual,
+    "openvino.ResidualInKernel": openvino_residual_in_kernel,
     "openvino.GlobalAveragePool": openvino_global_average,
     "openvino.LRN": openvino_lrn,
 }
@@ -294,6 +314,7 @@ MATRIX = frozenset(
     {
         "onnxruntime.Conv", "onnxruntime.Gemm", "onnxruntime.MatMul", "onnxruntime.GemmToFloat",
         "openvino.Conv", "openvino.ConvToFloat", "openvino.GemmToFloat", "openvino.Residual",
+        "openvino.ResidualInKernel",
     }
 )  # fmt: skip
 QUANTIZERS = frozenset(kind for kind in OPERATORS if not kind.endswith(("ToFloat", "LRN")))

@@ -14,6 +14,7 @@ from fewbit.errors import RecipeError
 from fewbit.export.emit import Emitter, stand_between
 from fewbit.export.pixels import INPUT_TYPES, PixelWay
 from fewbit.export.qdq import dynamic_codes, dynamic_layer, quantize_activation, quantized_layer
+from fewbit.export.residual_sums import add_pair, pair_scales
 from fewbit.files import write_atomically
 from fewbit.net import Layer, Net
 from fewbit.place.quantizer import DynamicQuantizer, QuantConv2d, Quantizer, QuantLinear
@@ -121,6 +122,7 @@ class _Walk:
         self.image = image
         # Behind a concatenation OpenVINO 2026.4 loses the scale of signed codes, not of unsigned ones around
         # a zero point of 128.
+        self.sums = pair_scales(net, target)
         self.joined = {id(module) for module in self._joined()} if self.container == "auto" else set()
 
     def _joined(self) -> Iterator[Quantizer]:
@@ -181,7 +183,9 @@ class _Walk:
             source = layer.node.args[0]
             assert isinstance(source, fx.Node)
             return dynamic_layer(e, layer, *self.dynamic[source])
-        return quantized_layer(e, layer, inputs[0], reads)
+        value = quantized_layer(e, layer, inputs[0], reads)
+        scale = self.sums.get(layer.node)
+        return value if scale is None else add_pair(e, layer, value, scale)
 
     def _clip_on_codes(self, node: object) -> tuple[float, float] | None:
         """Return the ends of a ReLU or clip that is left to the codes behind it, or none where it stays.

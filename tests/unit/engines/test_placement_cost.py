@@ -139,17 +139,19 @@ def test_a_residual_block_runs_in_integers(tmp_path: Path, engine: str) -> None:
     assert {"first convolution", "3x3", "classifier"} <= found.rest.keys()
 
 
-@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("stands", ["marked", "rounding", "none"])
 def test_openvino_adds_in_the_kernel_only_where_a_quantizer_stands_before_the_sum(
-    tmp_path: Path, rounded: bool
+    tmp_path: Path, stands: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aim = target("openvino").model_copy(update={"fuses_residual": not rounded})
+    aim = target("openvino").model_copy(update={"fuses_residual": stands != "rounding"})
     images = make_images()
     context = Context(Scheme(), aim, lambda: iter(images.split(4)), 0)
+    if stands == "none":
+        monkeypatch.setattr("fewbit.export.onnx_out.pair_scales", lambda _net, _target: {})
     path = tmp_path / "net.onnx"
     export_onnx(run_recipe(read_recipe("int8"), make_net("residual"), context)[0], path, aim)
     unfused = [f for f in costs(path, "openvino").findings if f.kind == "unfused operator"]
-    assert [f.layers for f in unfused] == ([] if rounded else [("add", "relu_2")])
+    assert [f.layers for f in unfused] == ([("add", "relu_2")] if stands == "none" else [])
     if unfused:
         assert unfused[0].why.startswith("no quantizer stands between its convolution and the sum,")
         assert "a quantizer between them" in unfused[0].remedy
