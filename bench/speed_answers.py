@@ -6,7 +6,7 @@ A new kind of file enters by a line in `files_of`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,10 +19,11 @@ from fewbit.export.onnx_out import export_onnx
 from fewbit.files import write_text
 from fewbit.measure.host import describe_host, sums_exactly
 from fewbit.place.targets import target
+from fewbit.prepare.replace_silu import count_silus
 from fewbit.recipe import Context, Recipe, read_recipe, run_recipe
 from fewbit.search.mixed_precision import mix_precisions
 from fewbit.search.region_probe import RegionProbe
-from fewbit.spec import ImageInput, Scheme
+from fewbit.spec import ImageInput, Scheme, SiluForm
 from speed_networks import Network
 from speed_turns import Form
 
@@ -58,17 +59,20 @@ class Kind:
         engine: Whose file it is.
         precision: What the engine computes float operators in.
         takes: What the file takes.
+        silu: What takes the place of SiLU; none where it stays.
     """
 
     recipe: str
     engine: EngineName
     precision: FloatPrecision = "float32"
     takes: ImageInput = "float32"
+    silu: SiluForm | None = None
 
     @property
     def name(self) -> str:
         """What the tables call it."""
-        return f"{self.recipe} of pixels" if self.takes == "uint8" else self.recipe
+        form = "" if self.silu is None else f", SiLU as {self.silu}"
+        return f"{self.recipe} of pixels{form}" if self.takes == "uint8" else f"{self.recipe}{form}"
 
 
 def files_of(network: Network) -> tuple[Kind, ...]:
@@ -81,6 +85,9 @@ def files_of(network: Network) -> tuple[Kind, ...]:
     if network.net.image_range is not None:
         found += [Kind("int8", "onnxruntime", takes="uint8"), Kind("float32", "openvino", wide, "uint8")]
         found += [Kind(recipe, "openvino", wide, "uint8") for recipe in ("int8", _MIXED)]
+    if count_silus(network.net):  # hard-swish is too far from it to count without accuracy
+        gelu = [k for k in found if (k.recipe, k.engine, k.precision) == ("int8", "openvino", wide)]
+        found += [replace(kind, silu="gelu") for kind in gelu]
     return tuple(found)
 
 
@@ -97,7 +104,7 @@ def candidates(
         path = (
             make_mix(network, kind, folder, min(batch, _BATCH), seed)
             if kind.recipe == _MIXED
-            else make_file(network, kind, folder, seed)
+            else make_file(network, kind, folder, seed, mark=f"-{kind.silu}" if kind.silu else "")
         )
         if path is None:
             continue
@@ -148,6 +155,7 @@ def make_file(
 
         aim = target(kind.engine, sums_exactly(kind.engine))
         context = Context(Scheme(), aim, batches, seed)
+        recipe = recipe if kind.silu is None else recipe.with_silu(kind.silu)
         recipe = recipe.with_pixels() if kind.takes == "uint8" else recipe
         export_onnx(run_recipe(recipe, network.net, context)[0], path, aim, image=kind.takes)
     return path

@@ -21,7 +21,7 @@ from fewbit.net import Net
 from fewbit.place.targets import target
 from fewbit.prepare.canonical import example_logits, relative_gap
 from fewbit.registry import find
-from fewbit.spec import Frozen, ImageInput, Rule, Scheme
+from fewbit.spec import Frozen, ImageInput, Rule, Scheme, SiluForm
 from fewbit.step import Context, Step, StepReport
 
 __all__ = [
@@ -148,10 +148,24 @@ class Recipe(Frozen):
         """
         if self.takes == "uint8":
             return self
-        folded = [place for place, step in enumerate(self.steps) if step.get("use") in _EXACT_STEPS]
-        behind = max(folded, default=-1) + 1
-        steps = (*self.steps[:behind], {"use": "fold_input"}, *self.steps[behind:])
-        return self.model_copy(update={"name": f"{self.name}-pixels", "steps": steps})
+        return self._with_prepared({"use": "fold_input"}, "pixels")
+
+    def with_silu(self, form: SiluForm) -> Recipe:
+        """Return the same recipe with another function in the place of SiLU.
+
+        See `fewbit.prepare.replace_silu`.
+
+        >>> read_recipe("int8").with_silu("gelu").steps[2]
+        {'use': 'replace_silu', 'form': 'gelu'}
+        """
+        return self._with_prepared({"use": "replace_silu", "form": form}, form.replace("_", "-"))
+
+    def _with_prepared(self, step: dict[str, Any], mark: str) -> Recipe:
+        """Put a step behind those that are exact."""
+        exact = [place for place, own in enumerate(self.steps) if own.get("use") in _EXACT_STEPS]
+        behind = max(exact, default=-1) + 1
+        steps = (*self.steps[:behind], step, *self.steps[behind:])
+        return self.model_copy(update={"name": f"{self.name}-{mark}", "steps": steps})
 
 
 def shipped_recipes() -> dict[str, Recipe]:

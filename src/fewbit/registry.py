@@ -21,6 +21,7 @@ ROWS: dict[Kind, dict[str, str]] = {
         "zeroq": "fewbit.synth.zeroq:ZeroQ",
         "fold_bn": "fewbit.prepare.fold_bn:FoldBN",
         "fold_input": "fewbit.prepare.fold_input:FoldInput",
+        "replace_silu": "fewbit.prepare.replace_silu:ReplaceSiLU",
         "equalize": "fewbit.prepare.equalize:Equalize",
         "absorb_bias": "fewbit.prepare.absorb_bias:AbsorbBias",
         "split_channels": "fewbit.improve.split_channels:SplitChannels",

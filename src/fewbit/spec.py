@@ -18,6 +18,8 @@ Granularity = Literal["tensor", "channel"]
 Mode = Literal["static", "dynamic", "weights_only"]
 ImageInput = Literal["float32", "uint8"]
 """What a file takes: preprocessed float32 images (N, C, H, W), or uint8 pixels (N, H, W, C)."""
+SiluForm = Literal["gelu", "hard_swish"]
+"""What takes the place of SiLU; see `fewbit.prepare.replace_silu`."""
 PASSES = "fewbit.passes"
 """Metadata of the nodes of a file that round nothing in the engine that it is for."""
 

@@ -123,17 +123,24 @@ def _shifted_relu6(net: Net, node: object) -> fx.Node | None:
 
 def find_gates(net: Net, node: fx.Node) -> bool:
     """Read x * sigmoid(x) as SiLU and x * hardsigmoid(x) as hard-swish."""
-    if not isinstance(_module(net, node), ops.Mul):
+    found = gated(net, node)
+    if found is None:
         return False
+    x, gate = found
+    return _swap(net, node, nn.SiLU() if isinstance(gate, nn.Sigmoid) else nn.Hardswish(), x)
+
+
+def gated(net: Net, node: fx.Node) -> tuple[fx.Node, nn.Sigmoid | nn.Hardsigmoid] | None:
+    """Return x and the gate of a product x * gate(x)."""
+    if not isinstance(_module(net, node), ops.Mul):
+        return None
     for x, gate in (node.args[:2], node.args[1::-1]):
         module = _module(net, gate)
         if not isinstance(x, fx.Node) or not isinstance(gate, fx.Node) or gate.args[:1] != (x,):
             continue
-        if isinstance(module, nn.Sigmoid):
-            return _swap(net, node, nn.SiLU(), x)
-        if isinstance(module, nn.Hardsigmoid):
-            return _swap(net, node, nn.Hardswish(), x)
-    return False
+        if isinstance(module, nn.Sigmoid | nn.Hardsigmoid):
+            return x, module
+    return None
 
 
 def swap_concat(net: Net, node: fx.Node) -> bool:

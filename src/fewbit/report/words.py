@@ -24,6 +24,7 @@ RECIPES = {
     "int8-weights-only": "int8 weights only",
     "int8-dynamic": "int8 (dynamic ranges)",
 }
+SILU_FORMS = {"-gelu": "SiLU as scaled GELU", "-hard-swish": "SiLU as hard-swish"}
 PHASES = {
     "time": "timing files on an engine",
     "evaluate": "running images on an engine",
@@ -170,13 +171,20 @@ def recipe(name: str, keep_float: Sequence[str] = ()) -> str:
     'int8 (min-max ranges, uint8 pixels in)'
     >>> recipe("int8-mse-float1-widths7", ["conv1"])
     'int8 (MSE ranges, 1 layer in float, weights of several widths)'
+    >>> recipe("int8-gelu-pixels")
+    'int8 (min-max ranges, SiLU as scaled GELU, uint8 pixels in)'
     """
     plain = name.removesuffix("-pixels")
-    wide = re.sub(r"-widths\d+$", "", plain)
+    kept, form = plain, ""
+    for mark, said in SILU_FORMS.items():
+        if plain.endswith(mark):
+            kept, form = plain.removesuffix(mark), said
+    wide = re.sub(r"-widths\d+$", "", kept)
     base = re.sub(r"-(float|mixed)\d+$", "", wide) if keep_float else wide
     text = RECIPES.get(base, base)
     more = [f"{several(len(keep_float), 'layer')} in float"] if keep_float else []
-    more += ["weights of several widths"] if wide != plain else []
+    more += ["weights of several widths"] if wide != kept else []
+    more += [form] if form else []
     more += ["uint8 pixels in"] if plain != name else []
     if not more:
         return text

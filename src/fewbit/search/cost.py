@@ -11,6 +11,7 @@ from torch import nn
 from fewbit import ops
 from fewbit.export.sizes import Sizes
 from fewbit.net import Layer, Net
+from fewbit.prepare.replace_silu import count_silus
 from fewbit.search.trial import NetworkCost
 
 Kind = Literal["dense", "pointwise", "depthwise"]
@@ -35,8 +36,9 @@ def count_cost(net: Net) -> NetworkCost:
     Example:
         >>> from fewbit.load.capture import capture
         >>> layers = nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1), nn.Flatten(), nn.Linear(72, 5)
-        >>> count_cost(capture(nn.Sequential(*layers), "separable", (4, 5, 5)))
-        NetworkCost(network='separable', dense_macs=0, pointwise_macs=648, depthwise_macs=324, weights=428)
+        >>> cost = count_cost(capture(nn.Sequential(*layers), "separable", (4, 5, 5)))
+        >>> cost.dense_macs, cost.pointwise_macs, cost.depthwise_macs, cost.weights, cost.silus
+        (0, 648, 324, 428, 0)
     """
     sizes, macs = Sizes(net), {"dense": 0, "pointwise": 0, "depthwise": 0}
     weights: dict[int, int] = {}
@@ -54,6 +56,7 @@ def count_cost(net: Net) -> NetworkCost:
         pointwise_macs=macs["pointwise"],
         depthwise_macs=macs["depthwise"],
         weights=sum(weights.values()),
+        silus=count_silus(net),
     )
 
 

@@ -11,8 +11,9 @@ from fewbit.clock import phase
 from fewbit.engines.session import EngineName, FloatPrecision
 from fewbit.errors import FewbitError
 from fewbit.search.journal import Journal
-from fewbit.search.ladder import PLAIN, Aids
+from fewbit.search.ladder import PLAIN
 from fewbit.search.mixed_precision import Mix
+from fewbit.search.proposal import Aids
 from fewbit.search.standing import Standing
 from fewbit.search.trials import Trials
 from fewbit.search.weight_widths import Widths

@@ -228,6 +228,7 @@ class Standing:
             and t.keep_float
             and t.takes == "float32"
             and t.rung != "widths"
+            and t.silu is None
             and t.recipe.startswith(f"{base}-float")
         ]
 
@@ -270,4 +271,5 @@ def _pair(trial: Trial) -> Pair:
 
 
 def _is_int8(trial: Trial) -> bool:
-    return trial.recipe.startswith("int8") and trial.takes == "float32" and trial.rung != "widths"
+    plain = trial.takes == "float32" and trial.rung != "widths" and trial.silu is None
+    return plain and trial.recipe.startswith("int8")

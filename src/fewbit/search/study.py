@@ -25,8 +25,9 @@ from fewbit.search.fit import fewer, share_of_images
 from fewbit.search.gather import expected_note, expected_parts, gather, identity
 from fewbit.search.journal import Journal, Part, read_study, refuse_another
 from fewbit.search.kept_aids import KeptAids, Run
-from fewbit.search.ladder import Aids, Ladder, Proposal
+from fewbit.search.ladder import Ladder
 from fewbit.search.options import StudyOptions
+from fewbit.search.proposal import Aids, Proposal
 from fewbit.search.speeds import Sessions, Speeds
 from fewbit.search.standing import Standing, Terms
 from fewbit.search.trial import Answer, DataRecord, LeftOut, StudyRecord, Trial

@@ -12,7 +12,7 @@ from fewbit.measure.accuracy import Accuracy, Comparison
 from fewbit.measure.host import Host
 from fewbit.measure.speed import Surveyed, Timing
 from fewbit.sensitivity.records import Histogram, LayerRecord
-from fewbit.spec import Frozen, ImageInput
+from fewbit.spec import Frozen, ImageInput, SiluForm
 
 __all__ = [
     "Answer",
@@ -57,6 +57,7 @@ class Trial(Frozen):
         keep_float: Layers that the recipe leaves in float beyond its own rules.
         survey: The settings that were tried to find `setting`, the best first.
         takes: What the file takes.
+        silu: What takes the place of SiLU; none where it stays.
     """
 
     key: str
@@ -78,6 +79,7 @@ class Trial(Frozen):
     keep_float: tuple[str, ...] = ()
     survey: tuple[Surveyed, ...] = ()
     takes: ImageInput = "float32"
+    silu: SiluForm | None = None
 
     @property
     def counted_bytes(self) -> int:
@@ -94,6 +96,7 @@ class NetworkCost(Frozen):
         pointwise_macs: In convolutions of one pixel, linear layers and products of activations.
         depthwise_macs: In convolutions that filter each channel by itself.
         weights: Weights of all these, biases not counted; in 8 bits as many bytes.
+        silus: How many SiLU it has.
     """
 
     network: str
@@ -101,6 +104,7 @@ class NetworkCost(Frozen):
     pointwise_macs: int
     depthwise_macs: int
     weights: int
+    silus: int = 0
 
     @property
     def matrix_macs(self) -> int:

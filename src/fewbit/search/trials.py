@@ -18,7 +18,8 @@ from fewbit.recipe import Recipe, read_recipe
 from fewbit.search.answer import describe
 from fewbit.search.evaluate import evaluate, races
 from fewbit.search.journal import Journal, Part
-from fewbit.search.ladder import PLAIN, Proposal
+from fewbit.search.ladder import PLAIN
+from fewbit.search.proposal import Proposal
 from fewbit.search.settings import EVALUATION_BATCH, evaluation
 from fewbit.search.speeds import Sessions, Speeds
 from fewbit.search.standing import Standing
@@ -126,6 +127,7 @@ class Trials:
             keep_float=proposal.keep_float,
             survey=found.survey,
             takes=proposal.takes,
+            silu=proposal.silu,
         )
         return trial, found.predictions
 

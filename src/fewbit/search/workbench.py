@@ -23,8 +23,9 @@ from fewbit.net import Net
 from fewbit.place.targets import target
 from fewbit.recipe import Prepared, Recipe, image_context, read_recipe
 from fewbit.search.journal import Part
-from fewbit.search.ladder import PLAIN, Proposal
+from fewbit.search.ladder import PLAIN
 from fewbit.search.mixed_precision import Mix, mix_precisions
+from fewbit.search.proposal import Proposal
 from fewbit.search.ranking import images_for_ranking, rank_layers
 from fewbit.search.region_probe import RegionProbe
 from fewbit.search.trial import LayerRecord
@@ -146,10 +147,12 @@ class Workbench:
             made = made.with_widths(dict(proposal.bits))
         if proposal.keep_float:
             made = made.with_float(proposal.keep_float)
+        if proposal.silu is not None:
+            made = made.with_silu(proposal.silu)
         if proposal.takes == "uint8":
             made = made.with_pixels()
-        own = not proposal.keep_float and not proposal.bits and proposal.takes == "float32"
-        return made if own else made.model_copy(update={"name": proposal.recipe})
+        changed = proposal.keep_float or proposal.bits or proposal.silu or proposal.takes == "uint8"
+        return made.model_copy(update={"name": proposal.recipe}) if changed else made
 
     def file_of(self, recipe: Recipe, engine: EngineName) -> Path:
         """Return where the file of a recipe goes; one float file serves every engine."""

@@ -14,16 +14,8 @@ from fewbit.measure.host import Host
 from fewbit.measure.speed import Timing
 from fewbit.search.budget import parse_budget
 from fewbit.search.family import GAIN_OF_PIXELS, Family, most_matrix_gain, new_ones
-from fewbit.search.ladder import (
-    BETTER_RANGES,
-    CORRECTED,
-    PLAIN,
-    RECONSTRUCTED,
-    Aids,
-    Ladder,
-    Proposal,
-    Widening,
-)
+from fewbit.search.ladder import BETTER_RANGES, CORRECTED, PLAIN, RECONSTRUCTED, Ladder
+from fewbit.search.proposal import Aids, Proposal, Widening
 from fewbit.search.standing import Pair, Standing, Terms
 from fewbit.search.trial import NetworkCost, Trial
 from fewbit.search.weight_widths import WIDTHS, Widths

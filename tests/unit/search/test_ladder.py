@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 
@@ -10,10 +11,11 @@ from fewbit.engines.session import EngineName, Setting
 from fewbit.measure.accuracy import Accuracy, Comparison, Interval
 from fewbit.measure.speed import Timing
 from fewbit.search.budget import parse_budget
-from fewbit.search.ladder import BETTER_RANGES, CORRECTED, RECONSTRUCTED, Aids, Ladder, Proposal, pixels
+from fewbit.search.ladder import BETTER_RANGES, CORRECTED, RECONSTRUCTED, Ladder, pixels
 from fewbit.search.mixed_precision import Mix
+from fewbit.search.proposal import Aids, Proposal
 from fewbit.search.standing import Objective, Standing, Terms
-from fewbit.search.trial import Trial, TrialState
+from fewbit.search.trial import NetworkCost, Trial, TrialState
 from fewbit.search.weight_widths import Widths
 
 IMAGES = 4000
@@ -64,6 +66,7 @@ def trial(
         packed_bytes=packed,
         keep_float=proposal.keep_float,
         takes=proposal.takes,
+        silu=proposal.silu,
     )
 
 
@@ -439,6 +442,83 @@ def test_nothing_is_built_on_a_trial_that_takes_pixels() -> None:
     view = Standing(terms, [trial(proposal, 610, 500.0)])
     pair = view.pairs()[0]
     assert view.int8_trials(pair) == [] and view.most_accurate(pair) is None
+
+
+# Activations
+
+WITH_SILU = NetworkCost(
+    network="net", dense_macs=10**8, pointwise_macs=10**8, depthwise_macs=0, weights=10**6, silus=49
+)
+
+
+def with_silu(
+    errors: Mapping[str, int],
+    engines: tuple[EngineName, ...] = ("openvino",),
+    objective: Objective = "throughput",
+    cost: NetworkCost = WITH_SILU,
+    gelu: float = 1.2,
+) -> list[Trial]:
+    """Climb where a scaled GELU is faster than SiLU and hard-swish much faster."""
+    budget = (parse_budget("top1-drop<=1%"),)
+    terms = Terms(
+        networks=("net",), engines=engines, budgets=budget, objective=objective, costs=(cost,),
+        inputs=("float32", "uint8"),
+    )  # fmt: skip
+
+    def answer(proposal: Proposal) -> Trial:
+        if proposal.base == "float32" and proposal.silu is None:
+            return trial(proposal, FLOAT_ERRORS, 100)
+        gains = {None: 1.0, "gelu": gelu, "hard_swish": 1.8}
+        speed = 300 * gains[proposal.silu] * (1.05 if proposal.takes == "uint8" else 1.0)
+        return trial(proposal, errors.get(proposal.recipe.removesuffix("-pixels"), FLOAT_ERRORS), speed)
+
+    return climb(terms, answer)
+
+
+def test_silu_is_replaced_by_the_nearest_first_and_then_by_the_fastest() -> None:
+    history = with_silu({})
+    tried = [(t.rung, t.recipe, t.silu) for t in history[-3:]]
+    assert tried == [
+        ("activations", "int8-gelu", "gelu"),
+        ("activations", "int8-hard-swish", "hard_swish"),
+        ("pixels", "int8-hard-swish-pixels", "hard_swish"),
+    ]
+
+
+def test_a_farther_function_is_not_tried_where_the_nearer_is_outside() -> None:
+    history = with_silu({"int8-gelu": 700})
+    assert [t.recipe for t in history if t.silu] == ["int8-gelu"]
+    assert history[-1].recipe == "int8-pixels"
+
+
+def test_where_only_the_nearest_function_holds_it_is_the_one_with_pixels() -> None:
+    history = with_silu({"int8-hard-swish": 700})
+    assert [t.recipe for t in history[-3:]] == ["int8-gelu", "int8-hard-swish", "int8-gelu-pixels"]
+    assert history[-1].silu == "gelu"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"engines": ("onnxruntime",)},  # it runs SiLU as a sigmoid and a product, both in integers
+        {"objective": "size"},
+        {"cost": WITH_SILU.model_copy(update={"silus": 0})},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_silu_stays_where_nothing_is_to_be_gained(more: dict[str, Any]) -> None:
+    assert not [t for t in with_silu({}, **more) if t.silu]
+
+
+def test_nothing_else_is_built_on_a_trial_without_its_silu() -> None:
+    proposal = Proposal(
+        rung="activations", network="net", engine="openvino", recipe="int8-gelu", base="int8", silu="gelu"
+    )
+    budgets = (parse_budget("top1-drop<=2%"),)
+    view = Standing(
+        Terms(networks=("net",), engines=("openvino",), budgets=budgets), [trial(proposal, 610, 5.0)]
+    )
+    assert view.int8_trials(view.pairs()[0]) == []
 
 
 # Mixed precision

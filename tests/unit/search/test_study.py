@@ -29,8 +29,9 @@ from fewbit.search import study as study_module
 from fewbit.search.budget import parse_budget
 from fewbit.search.gather import expected_note, gather
 from fewbit.search.journal import FILE
-from fewbit.search.ladder import Ladder, Proposal
+from fewbit.search.ladder import Ladder
 from fewbit.search.options import StudyOptions
+from fewbit.search.proposal import Proposal
 from fewbit.search.study import read_study, run_study
 from fewbit.search.trial import StudyRecord, Trial
 from fewbit.search.watch import Event

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fewbit.search.ladder import Proposal
+from fewbit.search.proposal import Proposal
 from fewbit.search.standing import Standing
 from fewbit.search.trials import too_large
 from unit.search.test_family import cost, terms, trial
