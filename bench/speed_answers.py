@@ -19,8 +19,8 @@ from fewbit.export.onnx_out import export_onnx
 from fewbit.files import write_text
 from fewbit.measure.host import describe_host, sums_exactly
 from fewbit.place.targets import target
-from fewbit.prepare.replace_silu import count_silus
 from fewbit.recipe import Context, Recipe, read_recipe, run_recipe
+from fewbit.search.cost import count_silus
 from fewbit.search.mixed_precision import mix_precisions
 from fewbit.search.region_probe import RegionProbe
 from fewbit.spec import ImageInput, Scheme, SiluForm

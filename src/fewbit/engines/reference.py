@@ -45,7 +45,8 @@ class Reference:
                 f"{path}: the reference interpreter computes in float32, not {setting.float_precision}; "
                 "set the float precision to float32"
             )
-        return ReferenceSession(fuse(read_graph(Path(path)), setting.rounding))
+        graph = read_graph(Path(path), passes=setting.rounding != "onnxruntime")
+        return ReferenceSession(fuse(graph, setting.rounding))
 
 
 class ReferenceSession:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -164,11 +164,12 @@ class Graph:
     takes: ImageInput = "float32"
 
 
-def read_graph(path: Path) -> Graph:
+def read_graph(path: Path, passes: bool = True) -> Graph:
     """Read a file.
 
     Args:
         path: An .onnx file, external data beside it where it has any.
+        passes: The engine does not round at marked pairs; see `fewbit.export.residual_sums`.
 
     Returns:
         Its graph.
@@ -195,29 +196,46 @@ def read_graph(path: Path) -> Graph:
     shape = tuple(
         dim.dim_value if dim.HasField("dim_value") else None for dim in inputs[0].type.tensor_type.shape.dim
     )
-    nodes = _read_nodes(graph.node, opset)
+    if passes:
+        nodes = _read_nodes(graph.node, opset, constants)
+    else:
+        nodes = [_read_node(proto, index, opset) for index, proto in enumerate(graph.node)]
     pixels = inputs[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     takes: ImageInput = "uint8" if pixels else "float32"
-    return Graph(path.name, nodes, constants, inputs[0].name, shape, graph.output[0].name, takes)
+    return Graph(path.name, tuple(nodes), constants, inputs[0].name, shape, graph.output[0].name, takes)
 
 
-def _read_nodes(protos: Sequence[onnx.NodeProto], opset: int) -> tuple[Node, ...]:
-    """Read all nodes; a pair that the file's engine does not round at becomes one node "Passes".
-
-    Its inputs are the value, which is also its result, and the pair's scale; see `export.residual_sums`.
-    """
-    nodes, scales = [], dict[str, tuple[str, str]]()
+def _read_nodes(protos: Sequence[onnx.NodeProto], opset: int, constants: dict[str, Array]) -> list[Node]:
+    """Read all nodes; a marked pair becomes one node "Passes" of its value and its scale."""
+    nodes, pairs = [], dict[str, tuple[str, ...]]()
     for index, proto in enumerate(protos):
         node = _read_node(proto, index, opset)
-        if any(entry.key == PASSES for entry in proto.metadata_props):
-            if node.kind == "QuantizeLinear":
-                scales[node.outputs[0]] = (node.inputs[0], node.inputs[1])
-                continue
-            if node.inputs[0] not in scales:
-                raise node.error(f"has '{PASSES}' without its QuantizeLinear; export the file again")
-            node = replace(node, kind="Passes", inputs=scales[node.inputs[0]])
-        nodes.append(node)
-    return tuple(nodes)
+        if not any(entry.key == PASSES for entry in proto.metadata_props):
+            nodes.append(node)
+        elif node.kind == "QuantizeLinear" and _is_signed_grid(node.inputs[1:], constants):
+            pairs[node.outputs[0]] = node.inputs
+        elif node.kind == "DequantizeLinear" and (pair := _pair_before(node, pairs)):
+            nodes.append(replace(node, kind="Passes", inputs=pair[:2]))
+        else:
+            raise node.error(
+                f"is marked '{PASSES}' and is no pair of QuantizeLinear and DequantizeLinear to one grid of "
+                "int8 with zero point 0; export the file again"
+            )
+    return nodes
+
+
+def _pair_before(node: Node, pairs: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the inputs of the marked QuantizeLinear that a node of the same grid reads, else nothing."""
+    pair = pairs.get(node.inputs[0], ()) if node.inputs else ()
+    return pair if pair[1:] == node.inputs[1:] else ()
+
+
+def _is_signed_grid(inputs: Sequence[str], constants: dict[str, Array]) -> bool:
+    """Tell whether scale and zero point are those of one grid of int8 around 0."""
+    if len(inputs) != 2 or any(name not in constants or constants[name].size != 1 for name in inputs):
+        return False
+    scale, zero_point = (constants[name] for name in inputs)
+    return scale.dtype == np.float32 and zero_point.dtype == np.int8 and not zero_point.any()
 
 
 def _read_node(proto: onnx.NodeProto, index: int, opset: int) -> Node:

@@ -349,6 +349,12 @@ def log_softmax(node: Node, x: Array, _others: Sequence[Any]) -> Array:
     return numerics.log_softmax(x, node.integer("axis", -1))
 
 
+def passes(_node: Node, x: Array, others: Sequence[Any]) -> Array:
+    """A pair of an int8 grid at which an engine clamps and does not round."""
+    scale = others[0]
+    return x.clip(-128 * scale, 127 * scale)
+
+
 def gelu(node: Node, x: Array, _others: Sequence[Any]) -> Array:
     """Gelu."""
     return numerics.gelu(x, node.text("approximate", "none"))
@@ -397,7 +403,7 @@ OPERATORS: dict[str, Operator] = {
     # Values stay as they are.
     "Identity": moves(lambda _node, x, _others: x),
     "Dropout": moves(lambda _node, x, _others: x),
-    "Passes": moves(lambda _node, x, _others: x),
+    "Passes": on_floats(passes),
     "Flatten": moves(flatten),
     "Reshape": moves(reshape),
     "Squeeze": moves(squeeze),

@@ -250,16 +250,19 @@ def openvino_residual_in_kernel(node: Node, arguments: Given) -> Array:
     """Add of codes and a Conv with a pair of scale P behind it, in the Conv's kernel, in steps of the codes.
 
     The pair's FakeQuantize does not round: ``v = y (F O) + q`` with ``F = 255 / (127 P + 128 P)`` and
-    ``O = (127 (P / S) + 128 (P / S)) / 255``; then ``rint(v K'')`` with ``K = 255 / (h / S)``. Its clamp is
-    left out: the pair covers all that is told apart; see `export.residual_sums`.
+    ``O = (127 (P / S) + 128 (P / S)) / 255``; then ``rint(v K'')`` with ``K = 255 / (h / S)``; y is clamped
+    to the pair's ends.
     """
     other, *inputs, pair, scale, zero_point = arguments
     assert isinstance(other, Coded)
     values = openvino_sums_to_float(node, inputs)
     lowest, highest = np.float32(-128), np.float32(127)
     part = np.float32(pair) / np.float32(other.scale)
-    factor = STEPS / (np.float32(pair) * highest - np.float32(pair) * lowest)
-    values = values * (factor * ((part * highest - part * lowest) / STEPS)) + openvino_held(other, node)
+    ends = np.float32(pair) * lowest, np.float32(pair) * highest
+    factor = STEPS / (ends[1] - ends[0])
+    values = values.clip(*ends) * (factor * ((part * highest - part * lowest) / STEPS)) + openvino_held(
+        other, node
+    )
     _, high = openvino_interval(scale, zero_point)
     steps = values * twice_inverted(STEPS / (high / np.float32(other.scale)))
     return openvino_codes(steps, node, scale, zero_point)

@@ -122,7 +122,7 @@ class _Walk:
         self.image = image
         # Behind a concatenation OpenVINO 2026.4 loses the scale of signed codes, not of unsigned ones around
         # a zero point of 128.
-        self.sums = pair_scales(net, target)
+        self.sums = pair_scales(net, target, emitter.sizes)
         self.joined = {id(module) for module in self._joined()} if self.container == "auto" else set()
 
     def _joined(self) -> Iterator[Quantizer]:

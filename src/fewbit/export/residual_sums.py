@@ -9,6 +9,7 @@ import onnx_ir as ir
 from torch import fx, nn
 
 from fewbit.export.emit import Emitter
+from fewbit.export.sizes import Sizes
 from fewbit.net import Layer, Net
 from fewbit.place.quantizer import QuantConv2d, Quantizer
 from fewbit.place.targets import Target
@@ -17,7 +18,7 @@ from fewbit.spec import PASSES
 _ROOM = 1.001
 
 
-def pair_scales(net: Net, target: Target | None) -> dict[fx.Node, float]:
+def pair_scales(net: Net, target: Target | None, sizes: Sizes) -> dict[fx.Node, float]:
     """Return the convolutions that get a pair, with its scale.
 
     OpenVINO 2026.4 adds a residual inside the convolution's kernel only where a FakeQuantize stands between
@@ -28,12 +29,16 @@ def pair_scales(net: Net, target: Target | None) -> dict[fx.Node, float]:
 
     a y below ``-255 S_r`` gives code 0 and one above ``255 S_out`` code 255 whatever it is, so a grid of int8
     that covers these changes none: S is the power of two behind ``max(255 S_r / 128, 255 S_out / 127)``.
-    Where no ReLU follows the engine gains nothing, and where the convolution reads the residual itself it
-    adds outside.
+
+    The kernel overwrites the residual with the sum, so a pair is put only where it may: the residual is a
+    block's input, read by the sum and by what leads to the convolution, but neither by the convolution itself
+    nor by anything else, and both are of one shape with more than one pixel. Elsewhere the engine adds
+    outside and rounds at the pair, and where no ReLU follows the sum it gains nothing.
 
     Args:
         net: Placed and calibrated.
         target: Whose file it becomes.
+        sizes: Of the network's values.
     """
     if target is None or not target.fuses_residual:
         return {}
@@ -46,10 +51,26 @@ def pair_scales(net: Net, target: Target | None) -> dict[fx.Node, float]:
             continue
         for conv, other in (operands, operands[::-1]):
             residual = layers[other].module if other in layers else None
-            if _is_lone_conv(conv, layers) and _is_full(residual) and conv.args[0] is not other:
+            if _is_lone_conv(conv, layers) and _is_full(residual) and _may_overwrite(other, conv, sizes):
                 assert isinstance(residual, Quantizer)
                 found[conv] = covering_scale(float(residual.scale), float(behind.scale))
     return found
+
+
+def _may_overwrite(other: fx.Node, conv: fx.Node, sizes: Sizes) -> bool:
+    """Tell whether a convolution's kernel may put its sum where the residual lies."""
+    shape = sizes.of(other)
+    if shape != sizes.of(conv) or math.prod(shape[2:]) == 1:
+        return False
+    before, open_nodes = set[fx.Node](), list(conv.all_input_nodes)
+    while open_nodes:
+        node = open_nodes.pop()
+        if node not in before:
+            before.add(node)
+            open_nodes += node.all_input_nodes
+    (adder,) = conv.users
+    others = set(other.users) - {adder}
+    return bool(others) and others <= before and conv not in others
 
 
 def covering_scale(residual: float, output: float) -> float:

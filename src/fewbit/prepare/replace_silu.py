@@ -7,7 +7,6 @@ from torch import fx, nn
 
 from fewbit import ops
 from fewbit.net import Net, Normal, add_layer, name_of
-from fewbit.prepare.canonical import gated
 from fewbit.spec import SiluForm
 from fewbit.step import Context, Step, StepReport
 
@@ -76,26 +75,19 @@ class ReplaceSiLU(Step):
 
 
 def _conv_of(net: Net, node: object) -> nn.Conv2d | None:
-    """Return the convolution that a node is, if nothing else reads it."""
+    """Return the convolution that a node is, if nothing else reads it and it runs once."""
     if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
         return None
     module = net.graph.get_submodule(str(node.target))
-    return module if isinstance(module, nn.Conv2d) else None
+    runs = sum(other.op == "call_module" and other.target == node.target for other in net.graph.graph.nodes)
+    return module if isinstance(module, nn.Conv2d) and runs == 1 else None
 
 
 def _divide(net: Net, node: fx.Node, conv: nn.Conv2d) -> None:
     """Let a convolution put out x / c in place of x."""
-    with torch.no_grad():
-        conv.weight.div_(GELU_SCALE)
-        if conv.bias is not None:
-            conv.bias.div_(GELU_SCALE)
+    conv.weight = nn.Parameter(conv.weight.detach() / GELU_SCALE)
+    if conv.bias is not None:
+        conv.bias = nn.Parameter(conv.bias.detach() / GELU_SCALE)
     normal = net.statistics.get(str(node.target))
     if normal is not None:
         net.statistics[str(node.target)] = Normal(normal.mean / GELU_SCALE, normal.std / GELU_SCALE)
-
-
-def count_silus(net: Net) -> int:
-    """Return how many SiLU a network has, those written as x * sigmoid(x) included."""
-    silus = sum(layer.kind == "Silu" for layer in net.layers())
-    found = (gated(net, layer.node) for layer in net.layers() if layer.kind == "Mul")
-    return silus + sum(gate is not None and isinstance(gate[1], nn.Sigmoid) for gate in found)

@@ -11,8 +11,13 @@ from torch import nn
 from fewbit import ops
 from fewbit.export.sizes import Sizes
 from fewbit.net import Layer, Net
-from fewbit.prepare.replace_silu import count_silus
+from fewbit.place.targets import target
+from fewbit.prepare.canonical import Canonical, gated
+from fewbit.prepare.fold_bn import FoldBN
+from fewbit.prepare.replace_silu import ReplaceSiLU
 from fewbit.search.trial import NetworkCost
+from fewbit.spec import Scheme
+from fewbit.step import Context
 
 Kind = Literal["dense", "pointwise", "depthwise"]
 
@@ -58,6 +63,16 @@ def count_cost(net: Net) -> NetworkCost:
         weights=sum(weights.values()),
         silus=count_silus(net),
     )
+
+
+def count_silus(net: Net) -> int:
+    """Return how many SiLU of a network `replace_silu` would replace; the network stays as it is."""
+    if not any(layer.kind == "Silu" or gated(net, layer.node) for layer in net.layers()):
+        return 0
+    copy, context = net.clone(), Context(Scheme(), target("openvino"), lambda: iter(()))
+    for step in (Canonical(), FoldBN()):
+        step(copy, context)
+    return ReplaceSiLU()(copy, context).changed
 
 
 def _kind_of(layer: Layer) -> Kind | None:

@@ -125,7 +125,8 @@ class Family:
         if best is not None:
             low, high = best / _SPREAD, max(min(1.0, _SPREAD * best), _RISE * best)
             likely = math.exp(sum(map(math.log, others)) / len(others))
-        return Forecast(rate * bound * low, rate * bound * likely, rate * bound * high * self._slack)
+        more = self._slack * self.view.silu_gain(pair)
+        return Forecast(rate * bound * low, rate * bound * likely, rate * bound * high * more)
 
     @property
     def _slack(self) -> float:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 from fewbit.engines.session import EngineName
 from fewbit.measure.speed import Timing
+from fewbit.place.targets import target
 from fewbit.search.budget import Budget, Measured
 from fewbit.search.trial import BudgetCheck, NetworkCost, Trial
-from fewbit.spec import Frozen, ImageInput
+from fewbit.spec import Frozen, ImageInput, SiluForm
 
 Objective = Literal["throughput", "latency", "size"]
 
@@ -19,7 +20,8 @@ Objective = Literal["throughput", "latency", "size"]
 FAR = 0.75
 """A trial at less than this share of a proven one's speed is not worth its accuracy measurement."""
 
-
+GAINS_OF_SILU: Mapping[SiluForm, float] = {"gelu": 1.4, "hard_swish": 2.2}
+"""More than a file has been seen to gain where SiLU is replaced, the nearest function first."""
 _HOPE = 8 / 7
 
 
@@ -145,6 +147,13 @@ class Standing:
                 seen.setdefault(trial.network, []).append(trial.timing.images_per_s / trial.timing.ratio)
         return {network: statistics.median(rates) for network, rates in seen.items()}
 
+    def silu_gain(self, pair: Pair) -> float:
+        """Return the most that a file may gain on an engine where SiLU is replaced, 1 where none can be."""
+        replaceable = any(cost.silus for cost in self.terms.costs if cost.network == pair.network)
+        if not replaceable or self.terms.objective == "size" or target(pair.engine).splits_silu:
+            return 1.0
+        return max(GAINS_OF_SILU.values())
+
     def too_slow(self, network: str, timing: Timing) -> Trial | None:
         """Return a proven trial that is far faster, beyond both intervals; none where there is none."""
         best, interval = next((t for t in self.ranked() if self.proven(t)), None), timing.ratio_interval
@@ -155,7 +164,8 @@ class Standing:
         if other is None or network not in self._float_rates:
             return None
         speed, faster = self._float_rates[network], self._float_rates[best.network]
-        return best if interval.high * speed < FAR * other.low * faster else None
+        hoped = interval.high * self.silu_gain(Pair(network, timing.setting.engine))
+        return best if hoped * speed < FAR * other.low * faster else None
 
     def ranked(self) -> list[Trial]:
         """Trials inside every budget, the best first."""

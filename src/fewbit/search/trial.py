@@ -96,7 +96,7 @@ class NetworkCost(Frozen):
         pointwise_macs: In convolutions of one pixel, linear layers and products of activations.
         depthwise_macs: In convolutions that filter each channel by itself.
         weights: Weights of all these, biases not counted; in 8 bits as many bytes.
-        silus: How many SiLU it has.
+        silus: How many of its SiLU `replace_silu` can replace.
     """
 
     network: str

@@ -28,7 +28,7 @@ _PIECE = 1 << 15  # what torch works on in one thread
 _LEAST_SIGNAL = 1e-30
 _BEST_DB = 200.0
 DEAD = 1e-6
-_MOVES = frozenset({"equalized", "absorbed"})
+_MOVES = frozenset({"equalized", "absorbed", "approximated"})
 
 
 class SQNR(OneRegion):

@@ -147,7 +147,7 @@ def test_openvino_adds_in_the_kernel_only_where_a_quantizer_stands_before_the_su
     images = make_images()
     context = Context(Scheme(), aim, lambda: iter(images.split(4)), 0)
     if stands == "none":
-        monkeypatch.setattr("fewbit.export.onnx_out.pair_scales", lambda _net, _target: {})
+        monkeypatch.setattr("fewbit.export.onnx_out.pair_scales", lambda *_: {})
     path = tmp_path / "net.onnx"
     export_onnx(run_recipe(read_recipe("int8"), make_net("residual"), context)[0], path, aim)
     unfused = [f for f in costs(path, "openvino").findings if f.kind == "unfused operator"]

@@ -497,6 +497,49 @@ def test_where_only_the_nearest_function_holds_it_is_the_one_with_pixels() -> No
     assert history[-1].silu == "gelu"
 
 
+def test_hard_swish_is_hoped_for_where_the_nearest_alone_could_not_win() -> None:
+    def answer(proposal: Proposal) -> Trial:
+        if proposal.network == "plain":
+            return trial(proposal, FLOAT_ERRORS, 100 if proposal.base == "float32" else 330)
+        gains = {None: 1.0, "gelu": 1.2, "hard_swish": 1.8}
+        return trial(
+            proposal, FLOAT_ERRORS, (100 if proposal.base == "float32" else 200) * gains[proposal.silu]
+        )
+
+    budget = (parse_budget("top1-drop<=1%"),)
+    both = Terms(networks=("plain", "net"), engines=("openvino",), budgets=budget, costs=(WITH_SILU,))
+    history = climb(both, answer)
+    assert [t.recipe for t in history if t.silu] == ["int8-gelu", "int8-hard-swish"]
+    assert {t.network for t in history if t.silu} == {"net"}
+
+
+def test_plain_int8_is_not_given_up_for_what_a_replaced_silu_may_still_gain() -> None:
+    fast = Proposal(rung="int8", network="plain", engine="openvino", recipe="int8", base="int8")
+    slow = fast.model_copy(update={"network": "net"})
+    trials = [trial(fast, FLOAT_ERRORS, 400), trial(slow, FLOAT_ERRORS, 200)]
+    budgets = (parse_budget("top1-drop<=1%"),)
+    given: dict[str, Any] = {"networks": ("plain", "net"), "engines": ("openvino",), "budgets": budgets}
+    timing = trials[1].timing
+    assert timing is not None
+    assert Standing(Terms(**given), trials).too_slow("net", timing) is not None
+    assert Standing(Terms(**given, costs=(WITH_SILU,)), trials).too_slow("net", timing) is None
+
+
+def test_where_the_fastest_misses_with_gelu_the_most_accurate_is_tried() -> None:
+    budget = (parse_budget("top1-drop<=1%"),)
+    one = Terms(networks=("net",), engines=("openvino",), budgets=budget, costs=(WITH_SILU,))
+    errors = {"int8": 636, "int8-gelu": 680, "int8-mse": 615, "int8-mse-gelu": 620}
+
+    def answer(proposal: Proposal) -> Trial:
+        speed = 100 if proposal.base == "float32" else 360 if proposal.silu else 300
+        speed += 5 * (proposal.recipe == "int8")
+        return trial(proposal, errors.get(proposal.recipe, 600 if proposal.base == "float32" else 650), speed)
+
+    history = climb(one, answer)
+    forms = [t.recipe for t in history if t.silu]
+    assert forms[:2] == ["int8-gelu", "int8-mse-gelu"]
+
+
 @pytest.mark.parametrize(
     "more",
     [
