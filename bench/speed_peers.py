@@ -14,6 +14,7 @@ from calibration import PEERS, has, measure
 from fewbit.engines.session import EngineName, FloatPrecision, Setting
 from fewbit.errors import EngineError
 from fewbit.measure.host import describe_host
+from fewbit.recipe import Recipe
 from speed_answers import Kind, make_file
 from speed_networks import Network
 from speed_process import EngineTimed, PeerTimed
@@ -23,6 +24,7 @@ COMPILED = ("torch.compile float32", "torch.compile bf16")
 HINTS = ("LATENCY", "THROUGHPUT")
 _LIMIT_BYTES = 16 << 30
 _BATCH = 8
+_AS_CAPTURED = Recipe(name="captured", steps=())
 
 
 class PeerFiles:
@@ -33,7 +35,7 @@ class PeerFiles:
         folder: Where files are made.
         python: The Python that has nncf.
         cores: That quantizing may use.
-        seed: Of fewbit's float export, which the peers quantize: BatchNorm folded, nothing else.
+        seed: Of every random choice.
     """
 
     def __init__(self, network: Network, folder: Path, python: str, cores: int, seed: int) -> None:
@@ -41,8 +43,9 @@ class PeerFiles:
         self._made: dict[str, Path | str] = {}
 
     def float32(self) -> Path:
-        """Return the float file."""
-        return make_file(self.network, Kind("float32", "onnxruntime"), self.folder, self.seed)
+        """Return the float file: the network as it was captured, none of fewbit's rewrites in it."""
+        kind = Kind("float32", "onnxruntime")
+        return make_file(self.network, kind, self.folder, self.seed, _AS_CAPTURED, "-captured")
 
     def onnxruntime(self) -> Path:
         """Return the file of ONNX Runtime's quantize_static.
