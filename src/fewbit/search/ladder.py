@@ -322,12 +322,16 @@ def _count_smaller(held: Trial, choices: Sequence[Widths], most: int) -> int:
 
 
 def activations(view: Standing, _: Aids) -> Proposal | None:
-    """SiLU as functions like it, on the fastest trial; where that misses, on the most accurate as fast."""
-    inside: dict[Pair, list[Trial]] = {}
+    """SiLU as functions like it, on the fastest trial; where that misses, on the most accurate as fast.
+
+    In int8 and in float apart: which of them is the faster one may change with the function.
+    """
+    inside: dict[tuple[Pair, bool], list[Trial]] = {}
     for trial in view.ranked():
         if trial.silu is None and trial.takes == "float32":
-            inside.setdefault(Pair(trial.network, trial.setting.engine), []).append(trial)
-    for pair, trials in inside.items():
+            pair = Pair(trial.network, trial.setting.engine)
+            inside.setdefault((pair, trial.recipe.startswith("int8")), []).append(trial)
+    for (pair, _integers), trials in inside.items():
         if view.silu_gain(pair) == 1.0:
             continue
         as_fast = [t for t in trials if view.value(t) > FAR * view.value(trials[0])]

@@ -525,6 +525,25 @@ def test_plain_int8_is_not_given_up_for_what_a_replaced_silu_may_still_gain() ->
     assert Standing(Terms(**given, costs=(WITH_SILU,)), trials).too_slow("net", timing) is None
 
 
+def test_float_and_integers_are_tried_apart() -> None:
+    budget = (parse_budget("top1-drop<=1%"),)
+    one = Terms(
+        networks=("net",),
+        engines=("openvino",),
+        budgets=budget,
+        costs=(WITH_SILU,),
+        bf16_engines=("openvino",),
+    )
+
+    def answer(proposal: Proposal) -> Trial:
+        speeds = {"float32": 100, "bf16": 300, "bf16-gelu": 330, "int8": 280, "int8-gelu": 380}
+        outside = "hard-swish" in proposal.recipe
+        return trial(proposal, 700 if outside else FLOAT_ERRORS, speeds.get(proposal.recipe, 400))
+
+    tried = [t.recipe for t in climb(one, answer) if t.silu]
+    assert tried == ["bf16-gelu", "bf16-hard-swish", "int8-gelu", "int8-hard-swish"]
+
+
 def test_where_the_fastest_misses_with_gelu_the_most_accurate_is_tried() -> None:
     budget = (parse_budget("top1-drop<=1%"),)
     one = Terms(networks=("net",), engines=("openvino",), budgets=budget, costs=(WITH_SILU,))
