@@ -13,8 +13,8 @@ streams runs in one stream of all threads and in as many as threads, a batch in 
 second.
 
 The peers get the network as it was captured, without fewbit's rewrites. Where it has SiLU, fewbit's
-candidates have it as a scaled GELU too: `bench/silu.py` shows on a trained network that this costs no
-accuracy that can be told apart. Hard-swish, which does, is not counted.
+candidates have it as a scaled GELU too, which cost a trained network up to 0.4 points (`bench/silu.py`).
+Hard-swish, which cost it 2, is not counted.
 
 Every contender has a process of its own; one that crashes has a row that says so. How rounds go, and which
 ratio is shown, says `speed_turns.py`. "of int8 peak" is twice the multiplications of the images a second
