@@ -135,6 +135,7 @@ def test_the_json_has_costs_and_reasons() -> None:
             "pointwise_macs": 1000,
             "depthwise_macs": 0,
             "weights": 270_000,
+            "silus": 0,
             "macs": 40_001_000,
             "int8_weight_bytes": 270_000,
         }
