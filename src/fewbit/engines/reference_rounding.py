@@ -260,9 +260,8 @@ def openvino_residual_in_kernel(node: Node, arguments: Given) -> Array:
     part = np.float32(pair) / np.float32(other.scale)
     ends = np.float32(pair) * lowest, np.float32(pair) * highest
     factor = STEPS / (ends[1] - ends[0])
-    values = values.clip(*ends) * (factor * ((part * highest - part * lowest) / STEPS)) + openvino_held(
-        other, node
-    )
+    factor *= (part * highest - part * lowest) / STEPS
+    values = values.clip(*ends) * factor + openvino_held(other, node)
     _, high = openvino_interval(scale, zero_point)
     steps = values * twice_inverted(STEPS / (high / np.float32(other.scale)))
     return openvino_codes(steps, node, scale, zero_point)

@@ -16,6 +16,7 @@ from fewbit.place.targets import Target
 from fewbit.spec import PASSES
 
 _ROOM = 1.001
+"""More than float32 rounds a scale by: the ends stay outside of what is told apart."""
 
 
 def pair_scales(net: Net, target: Target | None, sizes: Sizes) -> dict[fx.Node, float]:

@@ -12,10 +12,10 @@ from fewbit import ops
 from fewbit.export.sizes import Sizes
 from fewbit.net import Layer, Net
 from fewbit.place.targets import target
-from fewbit.prepare.canonical import Canonical, gated
-from fewbit.prepare.fold_bn import FoldBN
+from fewbit.prepare.canonical import gated
 from fewbit.prepare.replace_silu import ReplaceSiLU
 from fewbit.search.trial import NetworkCost
+from fewbit.sensitivity.sqnr import float_form
 from fewbit.spec import Scheme
 from fewbit.step import Context
 
@@ -69,10 +69,8 @@ def count_silus(net: Net) -> int:
     """Return how many SiLU of a network `replace_silu` would replace; the network stays as it is."""
     if not any(layer.kind == "Silu" or gated(net, layer.node) for layer in net.layers()):
         return 0
-    copy, context = net.clone(), Context(Scheme(), target("openvino"), lambda: iter(()))
-    for step in (Canonical(), FoldBN()):
-        step(copy, context)
-    return ReplaceSiLU()(copy, context).changed
+    context = Context(Scheme(), target("openvino"), lambda: iter(()))
+    return ReplaceSiLU()(float_form(net).clone(), context).changed
 
 
 def _kind_of(layer: Layer) -> Kind | None:

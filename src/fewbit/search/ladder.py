@@ -354,16 +354,7 @@ def _next_form(view: Standing, pair: Pair, trial: Trial) -> Proposal | None:
         if tried is None:
             if view.value(trial) * max(GAINS_OF_SILU[form] for form in left) <= view.value(best):
                 return None
-            return Proposal(
-                rung="activations",
-                network=pair.network,
-                engine=pair.engine,
-                recipe=name,
-                base=_base_of(trial),
-                float_precision=trial.setting.float_precision,
-                keep_float=trial.keep_float,
-                silu=left[0],
-            )
+            return _like(trial, "activations", name).model_copy(update={"silu": left[0]})
         if not view.meets(tried):
             return None
         left.pop(0)
@@ -386,18 +377,23 @@ def pixels(view: Standing, _: Aids) -> Proposal | None:
             continue
         seen.add(pair)
         if view.value(trial) * GAIN_OF_PIXELS > view.value(best) and not view.has(*pair, name):
-            return Proposal(
-                rung="pixels",
-                network=pair.network,
-                engine=pair.engine,
-                recipe=name,
-                base=_base_of(trial),
-                float_precision=trial.setting.float_precision,
-                keep_float=trial.keep_float,
-                takes="uint8",
-                silu=trial.silu,
-            )
+            return _like(trial, "pixels", name).model_copy(update={"takes": "uint8"})
     return None
+
+
+def _like(trial: Trial, rung: str, name: str) -> Proposal:
+    """Return what a trial was made of, under another name."""
+    return Proposal(
+        rung=rung,
+        network=trial.network,
+        engine=trial.setting.engine,
+        recipe=name,
+        base=_base_of(trial),
+        float_precision=trial.setting.float_precision,
+        keep_float=trial.keep_float,
+        takes=trial.takes,
+        silu=trial.silu,
+    )
 
 
 RUNGS: tuple[Rung, ...] = (

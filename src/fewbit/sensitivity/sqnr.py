@@ -169,7 +169,7 @@ def layer_records(
         One record a layer, in the order in which they run.
     """
     moved = (net.facts - float_net.facts) & _MOVES
-    exact = _switched_off(net) if moved else _float_form(float_net)
+    exact = _switched_off(net) if moved else float_form(float_net)
     layers = [layer for layer in net.layers() if not isinstance(layer.module, Quantizer | DynamicQuantizer)]
     names = {layer.name for layer in layers} & {layer.name for layer in exact.layers()}
     known = {} if moved or signals is None else signals
@@ -188,7 +188,7 @@ def layer_records(
     return tuple(_record(net, layer, known.get(layer.name), noise.get(layer.name, 0.0)) for layer in layers)
 
 
-def _float_form(net: Net) -> Net:
+def float_form(net: Net) -> Net:
     """Return the rewritten and folded copy of a captured network, with the quantized one's layer names."""
     if {"canonical", "folded"} <= net.facts:
         return net
