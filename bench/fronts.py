@@ -127,12 +127,14 @@ def measure_tables(subject: Subject, seconds: float) -> tuple[RegionLatency, Reg
     begin, probe = time.perf_counter(), subject.probe
     guess = probe.guess()
     losses = region_losses(probe, torch.split(subject.seen, 16))
-    drawn, times, took = probe.draw(1000, subject.seed), list[float](), 0.0
+    drawn, times, parts, took = probe.draw(1000, subject.seed), list[float](), list[list[float]](), 0.0
     while len(times) < len(drawn) and time.perf_counter() - begin + took < seconds:
         start = time.perf_counter()
-        times += probe.time(drawn[len(times) : len(times) + _AT_ONCE], guess.base_ms).tolist()
+        ms, region_ms = probe.measure(drawn[len(times) : len(times) + _AT_ONCE], guess.base_ms)
+        times += ms.tolist()
+        parts += region_ms.tolist()
         took = time.perf_counter() - start
-    fitted = fit_region_latency(guess, drawn[: len(times)], times) if times else guess
+    fitted = fit_region_latency(guess, drawn[: len(times)], times, parts) if times else guess
     return guess, fitted, losses
 
 

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewbit.engines.session import Setting
+from fewbit.measure.region_profile import fit_region_profiles
+from fewbit.measure.ridge import fit_ridge
 from fewbit.spec import Frozen
 
 Floats = NDArray[np.float64]
 
 _DOUBT, _LEAST_DOUBT = 0.3, 0.1
-_STRENGTHS = np.logspace(-4, 3, 36)
 
 
 class RegionLatency(Frozen):
@@ -31,10 +32,11 @@ class RegionLatency(Frozen):
         regions: Names, in the order in which they run.
         base_ms: Every region in integers.
         float_ms: What a region in float costs more (less than 0: it is faster in float).
-        boundaries: Neighbours by their places: the first makes a tensor that the second reads.
+        boundaries: Neighbours by their places: the first makes a tensor that the second reads, or both read
+            what a third makes.
         boundary_ms: What it costs that the two differ.
         error: Median of |predicted / measured - 1| over the assignments that it was fitted to, each predicted
-            without itself.
+            without its time (but with its profile, where profiled).
         measured: How many those were.
     """
 
@@ -69,7 +71,9 @@ class RegionLatency(Frozen):
         return found
 
 
-def fit_region_latency(prior: RegionLatency, in_float: ArrayLike, measured_ms: ArrayLike) -> RegionLatency:
+def fit_region_latency(
+    prior: RegionLatency, in_float: ArrayLike, measured_ms: ArrayLike, region_ms: ArrayLike | None = None
+) -> RegionLatency:
     """Correct a first guess by measurements of the whole network.
 
     The guess (each region's operators by the engine's profiler, in a network all in integers and in one all
@@ -79,19 +83,19 @@ def fit_region_latency(prior: RegionLatency, in_float: ArrayLike, measured_ms: A
 
         min over w of  sum over assignments of (measured / predicted(w) - 1)^2 + strength |w|^2
 
-    with the strength that predicts each assignment best from all others (leave one out, in closed form).
+    with the strength that predicts each assignment best from all others (`fewbit.measure.ridge`). Where the
+    assignments were profiled too, what their profiles tell (`fit_region_profiles`) is the guess.
 
     Args:
         prior: The guess.
         in_float: The assignments measured, bool (assignments, regions).
         measured_ms: Milliseconds of one call (assignments,).
+        region_ms: Of each region in each assignment (assignments, regions), where profiled.
 
     Raises:
         ValueError: The shapes do not fit, or a time is not above 0.
 
-    Source: A. E. Hoerl, R. W. Kennard, Ridge Regression: Biased Estimation for Nonorthogonal Problems, 1970;
-    D. M. Allen, The Relationship Between Variable Selection and Data Augmentation and a Method for
-    Prediction, 1974 (leaving one out).
+    Source: A. E. Hoerl, R. W. Kennard, Ridge Regression: Biased Estimation for Nonorthogonal Problems, 1970.
     Differs: ridge around a guess instead of around 0.
     """
     assignments, times = np.asarray(in_float, bool), np.asarray(measured_ms, np.float64)
@@ -100,31 +104,27 @@ def fit_region_latency(prior: RegionLatency, in_float: ArrayLike, measured_ms: A
             f"{assignments.shape} assignments and {times.shape} times of {len(prior.regions)} regions; "
             "give one row and one time above 0 for each"
         )
+    if region_ms is not None:
+        parts = np.asarray(region_ms, np.float64)
+        if parts.shape != assignments.shape:
+            raise ValueError(
+                f"times of regions are {parts.shape} for {assignments.shape} assignments; give one for each"
+            )
+        told = fit_region_profiles(prior.float_ms, prior.boundaries, assignments, parts)
+        prior = _with(prior, *told)
     design = np.hstack([np.ones((len(times), 1)), _design(assignments, prior.boundaries)])
     guess = np.array([prior.base_ms, *prior.float_ms, *prior.boundary_ms])
     weighted, target = design / times[:, None], 1.0 - design @ guess / times
-    scaled = weighted * _doubts(prior)
-    left, singular, right = np.linalg.svd(scaled, full_matrices=False)
-    best: tuple[float, Floats] | None = None
-    for strength in _STRENGTHS:
-        kept = singular**2 / (singular**2 + strength)
-        residual = (target - left @ (kept * (left.T @ target))) / np.maximum(1 - (left**2) @ kept, 1e-9)
-        score = float((residual**2).mean())
-        if best is None or score < best[0]:
-            weights = right.T @ (kept / np.maximum(singular, 1e-12) * (left.T @ target))
-            best, alone = (score, weights), residual
-    assert best is not None
-    found = guess + _doubts(prior) * best[1]
+    weights, alone = fit_ridge(weighted * _doubts(prior), target)
+    found = guess + _doubts(prior) * weights
     count = len(prior.regions)
-    return prior.model_copy(
-        update={
-            "base_ms": float(found[0]),
-            "float_ms": tuple(found[1 : 1 + count].tolist()),
-            "boundary_ms": tuple(found[1 + count :].tolist()),
-            "error": float(np.median(np.abs(alone))),
-            "measured": len(times),
-        }
-    )
+    fitted = _with(prior, found[0], found[1 : 1 + count], found[1 + count :])
+    return fitted.model_copy(update={"error": float(np.median(np.abs(alone))), "measured": len(times)})
+
+
+def _with(latency: RegionLatency, base_ms: float, float_ms: Floats, boundary_ms: Floats) -> RegionLatency:
+    told = {"base_ms": float(base_ms), "float_ms": tuple(float_ms), "boundary_ms": tuple(boundary_ms)}
+    return RegionLatency.model_validate(latency.model_dump() | told)
 
 
 def _design(assignments: NDArray[np.bool_], boundaries: Sequence[tuple[int, int]]) -> Floats:

@@ -66,8 +66,8 @@ def mix_precisions(
     found = _front(probe, latency, losses)
     if assignments and found and found[0].ratio < _WORTH:
         drawn = probe.draw(assignments, probe.seed)
-        times = probe.time(drawn, latency.base_ms, tell)
-        found = _front(probe, fit_region_latency(latency, drawn, times), losses)
+        measured = probe.measure(drawn, latency.base_ms, tell)
+        found = _front(probe, fit_region_latency(latency, drawn, *measured), losses)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewbit.clock import phase
-from fewbit.engines.process import EngineProcess
+from fewbit.engines.process import EngineProcess, RemoteSession
 from fewbit.engines.profile import OperatorTime
 from fewbit.engines.session import Setting
 from fewbit.export.onnx_out import export_onnx
@@ -33,7 +34,8 @@ Tell = Callable[[float], None]
 
 _AT_ONCE = 6
 _ROUNDS = 8
-_BLOCK_S = 0.1
+_BLOCK_S, _LEAST_CALLS = 0.1, 2
+_PROFILED_MS, _LEAST_PROFILED, _MOST_PROFILED = 300.0, 20, 300
 _NS_PER_VALUE = 0.15  # what fits ResNet-20 and MobileNetV2 on OpenVINO best: kernels round on the way out
 
 
@@ -52,7 +54,8 @@ class RegionProbe:
 
     Attributes:
         regions: See `fewbit.place.regions.regions_of`.
-        boundaries: Places of neighbours: the first makes a tensor that the second reads.
+        boundaries: Places of neighbours: the first makes a tensor that the second reads, or both read one
+            after the other what a third makes.
     """
 
     def __init__(
@@ -82,7 +85,8 @@ class RegionProbe:
     def guess(self) -> RegionLatency:
         """Return the times that the engine's profiler gives the regions, in all integers and in all float.
 
-        A boundary is guessed from the size of the tensor that is rounded or taken back there.
+        A boundary is guessed from the size of the tensor that is rounded or taken back there. That two
+        readers of one tensor differ is guessed to cost nothing more.
         """
         whole = np.zeros(len(self.regions), bool)
         with EngineProcess(self.setting.engine) as process:
@@ -90,7 +94,8 @@ class RegionProbe:
             integers, floats = (self._by_region(session.profile()) for session in sessions)
             (timing,) = measure_interleaved(sessions[:1], _ROUNDS, _BLOCK_S, self.seed)
         sizes = Sizes(self.folded)
-        values = [self._values(sizes, first) for first, _ in self.boundaries]
+        edges = self._edges()
+        values = [self._values(sizes, pair[0]) if pair in edges else 0 for pair in self.boundaries]
         return RegionLatency(
             host=describe_host().cpu,
             engine_version=importlib.metadata.version(self.setting.engine),
@@ -113,23 +118,57 @@ class RegionProbe:
             base_ms: Of the network all in integers.
             tell: Told the fraction done.
         """
-        base, found = self.file(np.zeros(len(self.regions), bool)), list[float]()
+        return np.array([ms for ms, _ in self._in_turns(assignments, base_ms, tell)])
+
+    def measure(
+        self, assignments: Assignments, base_ms: float, tell: Tell | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return what `time` does, and the milliseconds of each region by the engine's profiler.
+
+        What the profiler does not see is spread over the operators, and the regions of an assignment are
+        scaled to add up to its time.
+
+        Args:
+            assignments: Bool (n, regions).
+            base_ms: Of the network all in integers.
+            tell: Told the fraction done.
+
+        Returns:
+            (n,) and (n, regions).
+        """
+        times, seen, counts = list[float](), list[NDArray[np.float64]](), list[NDArray[np.float64]]()
+        for taken, session in self._in_turns(assignments, base_ms, tell):
+            operators = session.profile(int(np.clip(_PROFILED_MS / taken, _LEAST_PROFILED, _MOST_PROFILED)))
+            times.append(taken)
+            seen.append(self._by_region(operators))
+            counts.append(self._by_region([o.model_copy(update={"ms": float(o.ms > 0)}) for o in operators]))
+        ms, parts, ran = np.array(times), np.array(seen), np.array(counts)
+        beside = float(np.median((ms - parts.sum(1)) / ran.sum(1)))
+        parts += max(beside, 0.0) * ran
+        return ms, parts * (ms / parts.sum(1))[:, None]
+
+    def _in_turns(
+        self, assignments: Assignments, base_ms: float, tell: Tell | None
+    ) -> Iterator[tuple[float, RemoteSession]]:
+        """Give the time of each assignment, and its file still open."""
+        base, done = self.file(np.zeros(len(self.regions), bool)), 0
         with EngineProcess(self.setting.engine) as process:
             against = process.open(base, self.setting)
             for start in range(0, len(assignments), _AT_ONCE):
                 paths = [self.file(row) for row in assignments[start : start + _AT_ONCE]]
                 sessions = [process.open(path, self.setting) for path in paths]
-                timings = measure_interleaved([against, *sessions], _ROUNDS, _BLOCK_S, self.seed + start)
-                for session in sessions:
+                timings = measure_interleaved(
+                    [against, *sessions], _ROUNDS, _BLOCK_S, self.seed + start, min_calls=_LEAST_CALLS
+                )
+                for session, timing in zip(sessions, timings[1:], strict=True):
+                    assert timing.ratio is not None
+                    yield base_ms / timing.ratio, session
                     session.close()
+                    done += 1
+                    if tell is not None:
+                        tell(done / len(assignments))
                 for path in set(paths) - {base}:
                     path.unlink()
-                for timing in timings[1:]:
-                    assert timing.ratio is not None
-                    found.append(base_ms / timing.ratio)
-                if tell is not None:
-                    tell(len(found) / len(assignments))
-        return np.array(found)
 
     def file(self, in_float: NDArray[np.bool_] | Sequence[bool]) -> Path:
         """Return the network with some regions in float."""
@@ -167,22 +206,33 @@ class RegionProbe:
         return Context(Scheme(), self.target, batches, self.seed)
 
     def _boundaries(self) -> Iterator[tuple[int, int]]:
+        edges = self._edges()
+        yield from sorted(edges)
+        siblings = set[tuple[int, int]]()
+        for maker in range(len(self.regions)):
+            readers = sorted(second for first, second in edges if first == maker)
+            siblings |= set(pairwise(readers))
+        yield from sorted(siblings - edges - {(second, first) for first, second in edges})
+
+    def _edges(self) -> set[tuple[int, int]]:
+        """Return which region reads what which other one makes."""
         place = {name: index for index, region in enumerate(self.regions) for name in region.layers}
-        found = {
+        return {
             (place[source], place[layer.name])
             for layer in self.folded.layers()
             for source in layer.inputs
             if source in place and place[source] != place[layer.name]
         }
-        yield from sorted(found)
 
     def _by_region(self, operators: Sequence[OperatorTime]) -> NDArray[np.float64]:
+        """Return the milliseconds of each region; what has no layer belongs to where its input is from."""
         place = {name: index for index, region in enumerate(self.regions) for name in region.layers}
-        found = np.zeros(len(self.regions))
+        found, owner = np.zeros(len(self.regions)), list[int]()
         for operator in operators:
             owners = [place[layer] for layer in operator.layers if layer in place]
-            if owners:
-                found[owners[-1]] += operator.ms
+            owners = owners or [owner[source] for source in operator.flow.sources if source < len(owner)]
+            owner.append(owners[-1] if owners else 0)
+            found[owner[-1]] += operator.ms
         return found
 
     def _values(self, sizes: Sizes, place: int) -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fewbit.engines.session import Setting
 from fewbit.measure.region_latency import RegionLatency
@@ -71,11 +72,13 @@ def test_a_gain_that_is_promised_is_measured_before_it_is_believed(
     real = latency((1.0, 0.5, 0.8, 0.3))
     asked: list[int] = []
 
-    def time(self: RegionProbe, drawn: object, base_ms: float, tell: object = None) -> object:
-        asked.append(len(np.asarray(drawn)))
-        return real.predict(drawn)  # type: ignore[arg-type]
+    def measure(
+        self: RegionProbe, drawn: NDArray[np.bool_], base_ms: float, tell: object = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        asked.append(len(drawn))
+        return real.predict(drawn), 1.0 + drawn * np.array(real.float_ms)
 
-    monkeypatch.setattr(RegionProbe, "time", time)
+    monkeypatch.setattr(RegionProbe, "measure", measure)
     mixes = mix_precisions(probe, make_images(8).split(4), assignments=40)
     assert asked == [40] and mixes[0].regions == ()
     guessed(monkeypatch, real)

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 from fewbit.engines.process import EngineProcess, RemoteSession
 from fewbit.engines.session import EngineName, Setting
+from fewbit.load.capture import capture
 from fewbit.search.region_probe import RegionProbe
 from networks import make_net
 
@@ -41,6 +44,32 @@ def test_every_edge_between_regions_is_a_boundary(tmp_path: Path) -> None:
     assert made.boundaries == ((0, 1), (0, 2), (1, 2), (2, 3))
 
 
+class Forks(nn.Module):
+    """Three convolutions that read one tensor, joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.forks = nn.ModuleList([nn.Conv2d(8, 8, size, padding=size // 2) for size in (1, 3, 5)])
+        self.fc = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.stem(x).relu()
+        joined = torch.cat([fork(made).relu() for fork in self.forks], 1)
+        scores: Tensor = self.fc(joined.mean((2, 3)))
+        return scores
+
+
+def test_readers_of_one_tensor_are_neighbours_too(tmp_path: Path) -> None:
+    net = capture(Forks().eval(), "forks", (3, 8, 8))
+    made = RegionProbe(net, Setting(engine="openvino", batch=2), tmp_path)
+    assert [region.name for region in made.regions] == ["stem", "forks.0", "forks.1", "forks.2", "fc"]
+    edges = ((0, 1), (0, 2), (0, 3), (1, 3), (2, 3), (3, 4))
+    assert made.boundaries == (*edges, (1, 2))  # the last convolution's region joins them
+    costs = dict(zip(made.boundaries, made.guess().boundary_ms, strict=True))
+    assert costs[1, 2] == 0 and all(costs[pair] > 0 for pair in edges)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_guess_has_all_regions(engine: EngineName, tmp_path: Path) -> None:
     made = probe("residual", engine, tmp_path)
@@ -56,6 +85,17 @@ def test_more_assignments_than_take_turns_at_once(tmp_path: Path) -> None:
     drawn[2] = False  # all in integers, as what all others take turns with
     times = made.time(drawn, 5.0, told.append)
     assert times.shape == (9,) and (times > 0).all() and told[-1] == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["residual-0.onnx"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_times_of_regions_add_up_to_that_of_the_mix(engine: EngineName, tmp_path: Path) -> None:
+    made, told = probe("residual", engine, tmp_path), list[float]()
+    drawn = made.draw(7, 0)
+    ms, region_ms = made.measure(drawn, 5.0, told.append)
+    assert ms.shape == (7,) and region_ms.shape == (7, len(made.regions)) and told[-1] == 1.0
+    assert np.allclose(region_ms.sum(1), ms)
+    assert (region_ms >= 0).all() and (region_ms[:, :3] > 0).all()
     assert [path.name for path in tmp_path.iterdir()] == ["residual-0.onnx"]
 
 
