@@ -32,11 +32,12 @@ class RegionLatency(Frozen):
         regions: Names, in the order in which they run.
         base_ms: Every region in integers.
         float_ms: What a region in float costs more (less than 0: it is faster in float).
-        boundaries: Neighbours by their places: the first makes a tensor that the second reads, or both read
-            what a third makes.
+        boundaries: Neighbours by their places: the first makes a tensor that the second reads, or both,
+            one after the other, read what a third makes.
         boundary_ms: What it costs that the two differ.
         error: Median of |predicted / measured - 1| over the assignments that it was fitted to, each predicted
-            without its time (but with its profile, where profiled).
+            without itself. Where profiles were fitted too it is less than on new assignments, for these are
+            scaled to the times and all of them count.
         measured: How many those were.
     """
 
@@ -81,10 +82,10 @@ def fit_region_latency(
     corrected by as little as explains the measurements, in units of its own doubt (three tenths of it, and a
     tenth of the mean; boundaries: their own size and a tenth of the mean)::
 
-        min over w of  sum over assignments of (measured / predicted(w) - 1)^2 + strength |w|^2
+        min over w of  sum over assignments of counts (predicted(w) / measured - 1)^2 + strength |w|^2
 
-    with the strength that predicts each assignment best from all others (`fewbit.measure.ridge`). Where the
-    assignments were profiled too, what their profiles tell (`fit_region_profiles`) is the guess.
+    with counts and strength as `fewbit.measure.ridge.fit_ridge` finds them. Where the assignments were
+    profiled too, what their profiles tell (`fit_region_profiles`) is the guess.
 
     Args:
         prior: The guess.
@@ -93,22 +94,24 @@ def fit_region_latency(
         region_ms: Of each region in each assignment (assignments, regions), where profiled.
 
     Raises:
-        ValueError: The shapes do not fit, or a time is not above 0.
+        ValueError: The shapes do not fit, there is no assignment, or a time is not above 0 (of a region: not
+            a number).
 
     Source: A. E. Hoerl, R. W. Kennard, Ridge Regression: Biased Estimation for Nonorthogonal Problems, 1970.
     Differs: ridge around a guess instead of around 0.
     """
     assignments, times = np.asarray(in_float, bool), np.asarray(measured_ms, np.float64)
-    if assignments.shape != (len(times), len(prior.regions)) or not (times > 0).all():
+    if assignments.shape != (len(times), len(prior.regions)) or not len(times) or not (times > 0).all():
         raise ValueError(
             f"{assignments.shape} assignments and {times.shape} times of {len(prior.regions)} regions; "
             "give one row and one time above 0 for each"
         )
     if region_ms is not None:
         parts = np.asarray(region_ms, np.float64)
-        if parts.shape != assignments.shape:
+        if parts.shape != assignments.shape or not np.isfinite(parts).all():
             raise ValueError(
-                f"times of regions are {parts.shape} for {assignments.shape} assignments; give one for each"
+                f"times of regions are {parts.shape} for {assignments.shape} assignments; "
+                "give a number for each"
             )
         told = fit_region_profiles(prior.float_ms, prior.boundaries, assignments, parts)
         prior = _with(prior, *told)

@@ -33,14 +33,25 @@ def fit_region_profiles(
     off counts less, for a profiled operator at times takes many times as long.
 
     Args:
-        float_ms: A guess of what each region in float costs more, for those that no mix has in float, or none
-            in integers.
+        float_ms: What each region in float is guessed to cost more; counts for regions that are the same in
+            all mixes.
         boundaries: Neighbours by their places.
         in_float: Bool (mixes, regions), one mix or more.
-        region_ms: (mixes, regions).
+        region_ms: (mixes, regions), finite.
 
     Returns:
         The fields `base_ms`, `float_ms` (regions,) and `boundary_ms` (boundaries,) of a `RegionLatency`.
+
+    Source: A. E. Hoerl, R. W. Kennard, Ridge Regression: Biased Estimation for Nonorthogonal Problems, 1970;
+    P. J. Huber, Robust Estimation of a Location Parameter, 1964. The model is our own.
+
+    Example:
+        >>> mixes = np.array([[False, False], [True, False], [False, True], [True, True]] * 5)
+        >>> first = 1.0 + 0.5 * mixes[:, 0]
+        >>> second = 2.0 + 0.5 * mixes[:, 1] + 0.25 * (mixes[:, 0] ^ mixes[:, 1])  # 0.25: it has to convert
+        >>> base, more, moves = fit_region_profiles((0, 0), ((0, 1),), mixes, np.stack([first, second], 1))
+        >>> round(base, 2), more.round(2).tolist(), moves.round(2).tolist()
+        (3.0, [0.5, 0.5], [0.25])
     """
     state = in_float.astype(np.float64)
     base, more, moves = 0.0, np.zeros(len(float_ms)), np.zeros(len(boundaries))

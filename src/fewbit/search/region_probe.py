@@ -17,6 +17,7 @@ from fewbit.clock import phase
 from fewbit.engines.process import EngineProcess, RemoteSession
 from fewbit.engines.profile import OperatorTime
 from fewbit.engines.session import Setting
+from fewbit.errors import EngineError
 from fewbit.export.onnx_out import export_onnx
 from fewbit.export.sizes import Sizes
 from fewbit.measure.host import describe_host
@@ -135,17 +136,25 @@ class RegionProbe:
 
         Returns:
             (n,) and (n, regions).
+
+        Raises:
+            EngineError: No mix is given, a file failed, or the profiler saw nothing of one.
         """
-        times, seen, counts = list[float](), list[NDArray[np.float64]](), list[NDArray[np.float64]]()
+        times, profiled, counts = list[float](), list[NDArray[np.float64]](), list[NDArray[np.float64]]()
         for taken, session in self._in_turns(assignments, base_ms, tell):
             operators = session.profile(int(np.clip(_PROFILED_MS / taken, _LEAST_PROFILED, _MOST_PROFILED)))
             times.append(taken)
-            seen.append(self._by_region(operators))
+            profiled.append(self._by_region(operators))
             counts.append(self._by_region([o.model_copy(update={"ms": float(o.ms > 0)}) for o in operators]))
-        ms, parts, ran = np.array(times), np.array(seen), np.array(counts)
-        beside = float(np.median((ms - parts.sum(1)) / ran.sum(1)))
-        parts += max(beside, 0.0) * ran
-        return ms, parts * (ms / parts.sum(1))[:, None]
+        ms, region_ms, ran = np.array(times), np.array(profiled), np.array(counts)
+        if not len(ms) or not region_ms.sum(1).all():
+            raise EngineError(
+                f"{self.net.name} on {self.setting.engine}: the profiler saw no operator in one of {len(ms)} "
+                "mixes; give one mix or more of a network that takes longer, or a larger batch"
+            )
+        unseen_ms = max(0.0, float(np.median((ms - region_ms.sum(1)) / ran.sum(1))))
+        region_ms += unseen_ms * ran
+        return ms, region_ms * (ms / region_ms.sum(1))[:, None]
 
     def _in_turns(
         self, assignments: Assignments, base_ms: float, tell: Tell | None
@@ -156,19 +165,21 @@ class RegionProbe:
             against = process.open(base, self.setting)
             for start in range(0, len(assignments), _AT_ONCE):
                 paths = [self.file(row) for row in assignments[start : start + _AT_ONCE]]
-                sessions = [process.open(path, self.setting) for path in paths]
-                timings = measure_interleaved(
-                    [against, *sessions], _ROUNDS, _BLOCK_S, self.seed + start, min_calls=_LEAST_CALLS
-                )
-                for session, timing in zip(sessions, timings[1:], strict=True):
-                    assert timing.ratio is not None
-                    yield base_ms / timing.ratio, session
-                    session.close()
-                    done += 1
-                    if tell is not None:
-                        tell(done / len(assignments))
-                for path in set(paths) - {base}:
-                    path.unlink()
+                try:
+                    sessions = [process.open(path, self.setting) for path in paths]
+                    timings = measure_interleaved(
+                        [against, *sessions], _ROUNDS, _BLOCK_S, self.seed + start, min_calls=_LEAST_CALLS
+                    )
+                    for session, timing in zip(sessions, timings[1:], strict=True):
+                        assert timing.ratio is not None
+                        yield base_ms / timing.ratio, session
+                        session.close()
+                        done += 1
+                        if tell is not None:
+                            tell(done / len(assignments))
+                finally:
+                    for path in set(paths) - {base}:
+                        path.unlink()
 
     def file(self, in_float: NDArray[np.bool_] | Sequence[bool]) -> Path:
         """Return the network with some regions in float."""

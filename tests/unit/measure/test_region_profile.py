@@ -100,6 +100,28 @@ def test_regions_that_read_each_other_are_neighbours_once() -> None:
     assert more == pytest.approx([0.5, 0.0], abs=0.02) and moves.sum() == pytest.approx(0.4, abs=0.02)
 
 
-def test_profiles_of_other_mixes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"times of regions are \(2, 24\) for \(3, 24\) assignments"):
-        fit_region_latency(truth(), draws(3), [1.0, 2.0, 3.0], np.ones((2, REGIONS)))
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_what_costs_in_few_mixes_alone_is_no_outlier(share: float) -> None:
+    """A region that takes nothing but where its neighbour is in float: most rows are explained exactly."""
+    rng = np.random.default_rng(0)
+    seen = np.stack([rng.random(60) < share, rng.random(60) < 0.5], 1)
+    parts = np.stack([np.ones(60), 0.5 * seen[:, 0]], 1) * (1 + 0.03 * rng.standard_normal((60, 2)))
+    _, more, moves = fit_region_profiles((0.0, 0.0), ((0, 1),), seen, parts)
+    assert more[0] + moves[0] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "parts", [np.ones((2, REGIONS)), np.full((3, REGIONS), np.nan)], ids=["fewer", "not a number"]
+)
+def test_profiles_that_do_not_fit_are_refused(parts: NDArray[np.float64]) -> None:
+    with pytest.raises(
+        ValueError, match=r"times of regions are \(\d, 24\) for \(3, 24\) assignments; give a number"
+    ):
+        fit_region_latency(truth(), draws(3), [1.0, 2.0, 3.0], parts)
+
+
+def test_no_mix_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"\(0, 24\) assignments and \(0,\) times of 24 regions; give one row"
+    ):
+        fit_region_latency(truth(), draws(0), [])

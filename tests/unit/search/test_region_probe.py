@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.engines.process import EngineProcess, RemoteSession
+from fewbit.engines.profile import OperatorTime
 from fewbit.engines.session import EngineName, Setting
+from fewbit.errors import EngineError
 from fewbit.load.capture import capture
 from fewbit.search.region_probe import RegionProbe
 from networks import make_net
@@ -96,6 +98,23 @@ def test_times_of_regions_add_up_to_that_of_the_mix(engine: EngineName, tmp_path
     assert ms.shape == (7,) and region_ms.shape == (7, len(made.regions)) and told[-1] == 1.0
     assert np.allclose(region_ms.sum(1), ms)
     assert (region_ms >= 0).all() and (region_ms[:, :3] > 0).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["residual-0.onnx"]
+
+
+@pytest.mark.parametrize("profile", ["raises", "tells nothing"])
+def test_a_profiler_that_fails_leaves_no_file(
+    profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def profiled(self: RemoteSession, calls: int) -> tuple[OperatorTime, ...]:
+        if profile == "raises":
+            raise EngineError("no profiler here")
+        return ()
+
+    made = probe("residual", "openvino", tmp_path)
+    monkeypatch.setattr(RemoteSession, "profile", profiled)
+    told = "no profiler here" if profile == "raises" else "residual on openvino: the profiler saw no operator"
+    with pytest.raises(EngineError, match=told):
+        made.measure(made.draw(3, 0), 5.0)
     assert [path.name for path in tmp_path.iterdir()] == ["residual-0.onnx"]
 
 
