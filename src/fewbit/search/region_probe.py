@@ -92,7 +92,7 @@ class RegionProbe:
         whole = np.zeros(len(self.regions), bool)
         with EngineProcess(self.setting.engine) as process:
             sessions = [process.open(self.file(row), self.setting) for row in (whole, ~whole)]
-            integers, floats = (self._by_region(session.profile()) for session in sessions)
+            integers, floats = (self._by_region(session.profile())[0] for session in sessions)
             (timing,) = measure_interleaved(sessions[:1], _ROUNDS, _BLOCK_S, self.seed)
         sizes = Sizes(self.folded)
         edges = self._edges()
@@ -140,13 +140,13 @@ class RegionProbe:
         Raises:
             EngineError: No mix is given, a file failed, or the profiler saw nothing of one.
         """
-        times, profiled, counts = list[float](), list[NDArray[np.float64]](), list[NDArray[np.float64]]()
+        times, profiles = list[float](), list[tuple[NDArray[np.float64], NDArray[np.int64]]]()
         for taken, session in self._in_turns(assignments, base_ms, tell):
-            operators = session.profile(int(np.clip(_PROFILED_MS / taken, _LEAST_PROFILED, _MOST_PROFILED)))
+            calls = int(np.clip(_PROFILED_MS / taken, _LEAST_PROFILED, _MOST_PROFILED))
             times.append(taken)
-            profiled.append(self._by_region(operators))
-            counts.append(self._by_region([o.model_copy(update={"ms": float(o.ms > 0)}) for o in operators]))
-        ms, region_ms, ran = np.array(times), np.array(profiled), np.array(counts)
+            profiles.append(self._by_region(session.profile(calls)))
+        ms = np.array(times)
+        region_ms, ran = (np.array([profile[part] for profile in profiles]) for part in (0, 1))
         if not len(ms) or not region_ms.sum(1).all():
             raise EngineError(
                 f"{self.net.name} on {self.setting.engine}: the profiler saw no operator in one of {len(ms)} "
@@ -227,7 +227,7 @@ class RegionProbe:
 
     def _edges(self) -> set[tuple[int, int]]:
         """Return which region reads what which other one makes."""
-        place = {name: index for index, region in enumerate(self.regions) for name in region.layers}
+        place = self._place_of_layers()
         return {
             (place[source], place[layer.name])
             for layer in self.folded.layers()
@@ -235,16 +235,23 @@ class RegionProbe:
             if source in place and place[source] != place[layer.name]
         }
 
-    def _by_region(self, operators: Sequence[OperatorTime]) -> NDArray[np.float64]:
-        """Return the milliseconds of each region; what has no layer belongs to where its input is from."""
-        place = {name: index for index, region in enumerate(self.regions) for name in region.layers}
-        found, owner = np.zeros(len(self.regions)), list[int]()
+    def _by_region(self, operators: Sequence[OperatorTime]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return the milliseconds of each region and how many operators run for it.
+
+        What has no layer belongs to where its input is from.
+        """
+        place, owner = self._place_of_layers(), list[int]()
         for operator in operators:
             owners = [place[layer] for layer in operator.layers if layer in place]
             owners = owners or [owner[source] for source in operator.flow.sources if source < len(owner)]
             owner.append(owners[-1] if owners else 0)
-            found[owner[-1]] += operator.ms
-        return found
+        at, ms = np.array(owner, np.int64), np.array([operator.ms for operator in operators])
+        region_ms = np.zeros(len(self.regions))
+        np.add.at(region_ms, at, ms)
+        return region_ms, np.bincount(at[ms > 0], minlength=len(self.regions))
+
+    def _place_of_layers(self) -> dict[str, int]:
+        return {name: index for index, region in enumerate(self.regions) for name in region.layers}
 
     def _values(self, sizes: Sizes, place: int) -> int:
         """Return how many values the last tensor of a region has, for one image."""
