@@ -7,23 +7,26 @@ engine for the same seconds (where the tables take more, as long as these), buil
 over at most `--points` choices:
 
 - "tables" are what fewbit searches with: the times of regions by the engine's profiler, the KL divergence of
-  each region in integers, and the times of random mixes, as many as the seconds allow, to correct the times
-  with. `integer_program` (the solver's front), `greedy`, `evolve` and `differentiable` (each at evenly spaced
-  limits of time) choose by the same tables, whose seconds are each one's measuring time. "uncorrected" is the
-  solver on the profiler's times. "by sensitivity" leaves the regions in float that lose most, whatever they
-  cost.
+  each region in integers, and the times of mixes, as many as the seconds allow, to correct the times with:
+  random ones, then those on the solver's front. `integer_program` (that front), `greedy`, `evolve` and
+  `differentiable` (each at evenly spaced limits of time) choose by the same tables, whose seconds are each
+  one's measuring time. "uncorrected" is the solver on the profiler's times. "by sensitivity" leaves the
+  regions in float that lose most, whatever they cost.
 - "evolve, measured" knows no table: each of its choices is a calibrated file that is timed in turns with the
   all-integer one and whose answers' KL divergence from float32 is taken on the images that the tables'
   sensitivities are from. It is multi-objective (NSGA-II), crossover 0.5, each gene flipped at 0.1 (2 genes
   on average at most), and hands over those of its choices that none of its others beats.
 
 Then all choices, and the network all in integers and all in float, which everybody has, are judged together:
-their files take turns on the engine, and KL and changed classes are counted on images that no method saw. One
-choice surely beats another that is slower and loses more, both beyond the 95 % interval of the paired
-measurement (ratio of speeds within a round; difference of KL on the same image). "beats the solver's" counts
-the solver's choices that some choice of the row surely beats (or by the medians alone), "beaten by" those of
-the row that one of the solver's does. The volume is the area of speed and KL that a row's choices reach, as a
-share of what all rows' reach together, with the 95 % interval of resampled rounds and images.
+their files take turns on the engine in several sittings, each of which opens them anew, and KL and changed
+classes are counted on images that no method saw. One choice surely beats another that is slower and loses
+more, both beyond the 95 % interval of the paired measurement (ratio of speeds within a round, its median
+within a sitting, the interval over sittings; difference of KL on the same image); of some hundred pairs a few
+look so by chance. "beats the solver's" counts the solver's choices that some choice of the row surely beats
+(or by the medians alone), "beaten by" those of the row that one of the solver's does. The volume is the area
+of speed and KL that a row's choices reach, as a share of what all rows' reach together, with the 95 %
+interval of resampled sittings and images. The solver's front is dominated by a row that surely reaches more,
+or whose choices surely beat every one of its own.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ from fewbit.engines.session import EngineName, FloatPrecision
 from fewbit.export.onnx_out import export_onnx
 from fewbit.measure.host import sums_exactly
 from fewbit.measure.intervals import median_interval
-from fewbit.measure.region_latency import RegionLatency, fit_region_latency
+from fewbit.measure.region_latency import RegionLatency
 from fewbit.measure.speed import measure_interleaved
 from fewbit.recipe import run_recipe
 from fewbit.registry import find, rows
@@ -56,7 +59,7 @@ from fewbit.search.mixed.front import front
 from fewbit.search.mixed.integer_program import solve
 from fewbit.search.mixed.nondominated import crowding, ranks
 from fewbit.search.mixed.problem import Assignment, Problem
-from fewbit.search.mixed_precision import FLOAT, problem_of, region_losses
+from fewbit.search.mixed_precision import FLOAT, problem_of, refine, region_losses
 from fewbit.search.region_probe import RegionProbe
 from fewbit.sensitivity.kl import kl_divergence
 from fewbit.step import Context
@@ -68,6 +71,7 @@ Floats = NDArray[np.float64]
 _AT_ONCE, _ROUNDS, _BLOCK_S, _CALLS = 6, 8, 0.1, 4
 _PARENTS, _MUTATION, _MUTATIONS = 10, 0.1, 2.0
 _DRAWS = 400
+_MIXES = 1000
 _BEYOND = 0.1  # of the range, so that the ends of a front count too
 
 
@@ -123,18 +127,15 @@ class Subject:
 
 
 def measure_tables(subject: Subject, seconds: float) -> tuple[RegionLatency, RegionLatency, dict[str, float]]:
-    """Return the profiler's times of regions, those corrected until the time is out, and the losses."""
+    """Return the profiler's times of regions, those refined until the time is out, and the losses."""
     begin, probe = time.perf_counter(), subject.probe
-    guess = probe.guess()
+    guess = fitted = probe.guess()
     losses = region_losses(probe, torch.split(subject.seen, 16))
-    drawn, times, parts, took = probe.draw(1000, subject.seed), list[float](), list[list[float]](), 0.0
-    while len(times) < len(drawn) and time.perf_counter() - begin + took < seconds:
-        start = time.perf_counter()
-        ms, region_ms = probe.measure(drawn[len(times) : len(times) + _AT_ONCE], guess.base_ms)
-        times += ms.tolist()
-        parts += region_ms.tolist()
-        took = time.perf_counter() - start
-    fitted = fit_region_latency(guess, drawn[: len(times)], times, parts) if times else guess
+    refined, took = refine(probe, guess, losses, _MIXES), 0.0
+    while time.perf_counter() - begin + took < seconds:
+        start, before = time.perf_counter(), fitted.measured
+        fitted = next(refined)
+        took = (time.perf_counter() - start) * _AT_ONCE / (fitted.measured - before)
     return guess, fitted, losses
 
 
@@ -208,40 +209,52 @@ def _some(choices: Sequence[Choice], points: int) -> list[Choice]:
 class Judged:
     """All choices measured together.
 
+    Every sitting opens all files anew: where a network lies in memory makes it a few percent faster or slower
+    for as long as it is open, which rounds alone would take for a difference.
+
     Args:
         subject: Makes the files.
         choices: Each once.
-        rounds: How many turns each takes.
+        sittings: How often they are opened.
+        rounds: How many turns each takes in a sitting.
 
     Attributes:
-        rates: Images a second (rounds, choices).
+        rates: Images a second (sittings, rounds, choices).
         kl: Divergence from float32 (choices, images).
         changed: Share of images whose class is another than float32's (choices,).
     """
 
-    def __init__(self, subject: Subject, choices: Sequence[Choice], rounds: int) -> None:
+    def __init__(self, subject: Subject, choices: Sequence[Choice], sittings: int, rounds: int) -> None:
         self.places = {choice: place for place, choice in enumerate(choices)}
         exact, rng = subject.exact(subject.judging), np.random.default_rng(subject.seed)
-        blocks: list[list[float]] = []
-        with EngineProcess(subject.setting.engine) as process:
-            sessions = [process.open(subject.file(choice), subject.setting) for choice in choices]
-            logits = [torch.from_numpy(s.run(subject.judging.numpy())) for s in sessions]
-            calls = [np.median(s.time_block(_BLOCK_S).latencies_ms) / 1000 for s in sessions]
-            for _ in range(rounds):
-                row = [0.0] * len(sessions)
-                for place in rng.permutation(len(sessions)):
-                    seconds = max(_BLOCK_S, _CALLS * float(calls[place]))
-                    row[place] = sessions[place].time_block(seconds).images_per_s
-                blocks.append(row)
-        self.rates = np.array(blocks)
+        paths, logits, rates = [subject.file(choice) for choice in choices], [], []
+        for sitting in range(sittings):
+            with EngineProcess(subject.setting.engine) as process:
+                opened = {
+                    place: process.open(paths[place], subject.setting)
+                    for place in rng.permutation(len(paths))
+                }
+                sessions = [opened[place] for place in range(len(paths))]
+                if not sitting:
+                    logits = [torch.from_numpy(s.run(subject.judging.numpy())) for s in sessions]
+                rates.append(_take_turns(sessions, rounds, rng))
+        self.rates = np.array(rates)
         self.kl = np.array([kl_divergence(exact, found).numpy() for found in logits])
         self.changed = np.array(
             [float((found.argmax(1) != exact.argmax(1)).float().mean()) for found in logits]
         )
 
+    def ratios(self) -> Floats:
+        """Return how many times as fast each choice is as each other (sittings, choices, choices).
+
+        Medians over the rounds of a sitting; a single sitting's rounds stand for sittings.
+        """
+        ratios = self.rates[..., :, None] / self.rates[..., None, :]
+        return np.asarray(np.median(ratios, 1) if len(ratios) > 1 else ratios[0])
+
     def beats(self, surely: bool) -> NDArray[np.bool_]:
         """Return whether each choice (row) is faster and loses less than each other (column)."""
-        ratios = self.rates[:, :, None] / self.rates[:, None]
+        ratios = self.ratios()
         apart = self.kl[:, None] - self.kl[None]
         if not surely:
             return np.asarray((np.median(ratios, 0) > 1) & (apart.mean(-1) < 0))
@@ -252,17 +265,30 @@ class Judged:
 
     def volumes(self, sets: Sequence[Sequence[int]], rng: np.random.Generator) -> Floats:
         """Return the share of the whole volume that sets reach, measured and resampled (1 + draws, sets)."""
-        rounds, images = len(self.rates), self.kl.shape[1]
+        share = self.rates / self.rates.mean(-1, keepdims=True)
+        taken = np.median(share, 1) if len(share) > 1 else share[0]
+        sittings, images = len(taken), self.kl.shape[1]
         found = []
         for draw in range(1 + _DRAWS):
-            chosen = np.arange(rounds) if not draw else rng.integers(rounds, size=rounds)
+            chosen = np.arange(sittings) if not draw else rng.integers(sittings, size=sittings)
             shown = np.arange(images) if not draw else rng.integers(images, size=images)
-            speed = np.median(self.rates[chosen] / self.rates[chosen].mean(1, keepdims=True), 0)
+            speed = np.median(taken[chosen], 0)
             loss = self.kl[:, shown].mean(1)
             corner = speed.min() - _BEYOND * np.ptp(speed), loss.max() + _BEYOND * np.ptp(loss)
             whole = volume(speed, loss, corner)
             found.append([volume(speed[list(s)], loss[list(s)], corner) / whole for s in sets])
         return np.array(found)
+
+
+def _take_turns(sessions: Sequence[RemoteSession], rounds: int, rng: np.random.Generator) -> Floats:
+    """Return images a second (rounds, sessions)."""
+    calls = [np.median(session.time_block(_BLOCK_S).latencies_ms) / 1000 for session in sessions]
+    rates = np.empty((rounds, len(sessions)))
+    for row in rates:
+        for place in rng.permutation(len(sessions)):
+            seconds = max(_BLOCK_S, _CALLS * float(calls[place]))
+            row[place] = sessions[place].time_block(seconds).images_per_s
+    return rates
 
 
 def volume(speed: Floats, loss: Floats, corner: tuple[float, float]) -> float:
@@ -280,7 +306,7 @@ def volume(speed: Floats, loss: Floats, corner: tuple[float, float]) -> float:
     return float(area)
 
 
-def run(subject: Subject, seconds: float, points: int, rounds: int) -> dict[str, Any]:
+def run(subject: Subject, seconds: float, points: int, sittings: int, rounds: int) -> dict[str, Any]:
     """Let every method choose, and judge all."""
     found: dict[str, list[Choice]] = {}
     took: dict[str, tuple[float, float]] = {}
@@ -307,7 +333,7 @@ def run(subject: Subject, seconds: float, points: int, rounds: int) -> dict[str,
     both = [subject.integers, subject.floats]
     every = list(dict.fromkeys([*both, *(choice for choices in found.values() for choice in choices)]))
     told(f"judging {len(every)} files")
-    judged = Judged(subject, every, rounds)
+    judged = Judged(subject, every, sittings, rounds)
     return {
         "network": subject.net.name,
         "setting": subject.setting.model_dump(mode="json"),
@@ -316,6 +342,7 @@ def run(subject: Subject, seconds: float, points: int, rounds: int) -> dict[str,
         "latency_error": fitted.error,
         "evaluated_by_evolve": evaluated,
         "judged": len(every),
+        "sittings": sittings,
         "rounds": rounds,
         "images": len(subject.judging),
         "rows": compare(judged, found, took, both, subject.seed),
@@ -343,6 +370,7 @@ def compare(
     rows_found = []
     for place, (name, places) in enumerate(sets.items()):
         low, high = np.quantile(volumes[1:, place], [0.025, 0.975])
+        more = volumes[:, place] - volumes[:, list(sets).index(SOLVER)]
         rows_found.append(
             {
                 "row": name,
@@ -350,11 +378,14 @@ def compare(
                 "measuring_s": took[name][0],
                 "solving_s": took[name][1],
                 "beats_solver": int(sure[np.ix_(places, solver)].any(0).sum()),
+                "beats_all": bool(sure[np.ix_(places, solver)].any(0).all()),
                 "beats_solver_by_medians": int(nominal[np.ix_(places, solver)].any(0).sum()),
                 "beaten_by_solver": int(sure[np.ix_(solver, places)].any(0).sum()),
                 "beaten_by_solver_by_medians": int(nominal[np.ix_(solver, places)].any(0).sum()),
                 "volume": float(volumes[0, place]),
                 "volume_interval95": [float(low), float(high)],
+                "more_volume": float(more[0]),
+                "more_volume_interval95": np.quantile(more[1:], [0.025, 0.975]).tolist(),
             }
         )
     return rows_found
@@ -363,13 +394,12 @@ def compare(
 def _describe(
     judged: Judged, every: Sequence[Choice], found: Mapping[str, list[Choice]]
 ) -> list[dict[str, Any]]:
-    base = judged.rates[:, :1]
-    ratios = judged.rates / base
+    ratios = judged.ratios()[:, :, 0]
     return [
         {
             "in_float": "".join("01"[bit] for bit in choice),
             "by": [name for name, choices in found.items() if choice in choices],
-            "images_per_s": float(np.median(judged.rates[:, place])),
+            "images_per_s": float(np.median(judged.rates[..., place])),
             "ratio_to_int8": float(np.median(ratios[:, place])),
             "interval95": list(median_interval(ratios[:, place].tolist()).model_dump().values()),
             "kl": float(judged.kl[place].mean()),
@@ -383,15 +413,21 @@ def _describe(
     ]
 
 
+def dominates(row: Mapping[str, Any]) -> bool:
+    """Say whether a row surely reaches a larger volume than the solver's front, or beats all of it."""
+    return bool(row["row"] != SOLVER and (row["more_volume_interval95"][0] > 0 or row["beats_all"]))
+
+
 def show(console: Console, found: Mapping[str, Any]) -> None:
     """Print the table of one network, and whether the solver's front is beaten."""
     how = found["setting"]
     title = (
         f"{found['network']}, {how['engine']} int8 and {how['float_precision']}, batch {how['batch']}: "
-        f"{found['judged']} files, {found['rounds']} rounds, {found['images']} images"
+        f"{found['judged']} files, {found['sittings']} sittings of {found['rounds']} rounds, "
+        f"{found['images']} images"
     )
-    heads = ("row", "points", "measuring s", "solving s", "beats the solver's", "beaten by", "volume %, 95 %")
-    table = Table(*heads, title=title)
+    heads = ("row", "points", "measuring s", "solving s", "beats the solver's", "beaten by")
+    table = Table(*heads, "volume %, 95 %", "more than the solver's, 95 %", title=title)
     for row in found["rows"]:
         low, high = row["volume_interval95"]
         own = row["row"] == SOLVER
@@ -403,10 +439,16 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
             "" if own else f"{row['beats_solver']} ({row['beats_solver_by_medians']} by medians)",
             "" if own else f"{row['beaten_by_solver']} ({row['beaten_by_solver_by_medians']} by medians)",
             f"{100 * row['volume']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+            ""
+            if own
+            else "{:.1f} [{:.1f}, {:.1f}]".format(
+                *(100 * part for part in (row["more_volume"], *row["more_volume_interval95"]))
+            ),
         )
     console.print(table)
-    beaten = [row["row"] for row in found["rows"] if row["beats_solver"] and row["row"] != SOLVER]
-    console.print(f"the solver's front: {'beaten by ' + ', '.join(beaten) if beaten else 'not dominated'}\n")
+    beaten = [row["row"] for row in found["rows"] if dominates(row)]
+    told = f"dominated by {', '.join(beaten)}" if beaten else "not dominated"
+    console.print(f"the solver's front: {told}\n")
 
 
 @click.command(help=__doc__)
@@ -417,7 +459,8 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
 @click.option("--threads", default=1, show_default=True)
 @click.option("--seconds", default=60.0, show_default=True, help="That each method may measure.")
 @click.option("--points", default=8, show_default=True, help="Choices that each hands over at most.")
-@click.option("--rounds", default=21, show_default=True, help="Turns that each file takes at the end.")
+@click.option("--sittings", default=6, show_default=True, help="In which all files are judged.")
+@click.option("--rounds", default=7, show_default=True, help="Turns that each file takes in a sitting.")
 @click.option("--calibration-images", default=64, show_default=True)
 @click.option("--seen-images", default=64, show_default=True, help="That methods take losses on.")
 @click.option("--images", default=256, show_default=True, help="That judge.")
@@ -437,7 +480,9 @@ def main(networks: tuple[str, ...], as_json: bool, **options: Any) -> None:
         network = open_network(source, seed, seen + calibration + options["images"])
         with tempfile.TemporaryDirectory() as folder:
             subject = Subject(network, setting, Path(folder), seen, calibration, seed)
-            found.append(run(subject, options["seconds"], options["points"], options["rounds"]))
+            found.append(
+                run(subject, options["seconds"], options["points"], options["sittings"], options["rounds"])
+            )
         if not as_json:
             show(Console(width=150), found[-1])
     if as_json:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fewbit.clock import phase
-from fewbit.measure.region_latency import RegionLatency, fit_region_latency
+from fewbit.measure.region_latency import Floats, RegionLatency, fit_region_latency
 from fewbit.ranges.float_pass import keep_freed_memory
 from fewbit.search.mixed.front import front
 from fewbit.search.mixed.problem import Boundary, Option, Problem, Region
-from fewbit.search.region_probe import RegionProbe, Tell
+from fewbit.search.region_probe import AT_ONCE, Assignments, RegionProbe, Tell
 from fewbit.sensitivity.kl import KL
 from fewbit.spec import Frozen
 
 INTEGERS, FLOAT = "int8", "float"
 _WORTH = 0.97
 _POINTS = 24
+_RANDOM = 18  # mixes, before the front is worth measuring
 
 
 class Mix(Frozen):
@@ -46,8 +48,8 @@ def mix_precisions(
 
     The time of each region in integers and in float is the engine's own (`RegionProbe.guess`), boundaries
     between precisions included. Where the guess promises that some mix is faster than all integers by 3 % and
-    more, it is fitted to measurements of `assignments` random mixes first, for such a gain is easily an error
-    of the guess. The loss of a region is the KL divergence of the answers when it alone is in integers.
+    more, it is fitted to measurements of `assignments` mixes first (`refine`), for such a gain is easily an
+    error of the guess. The loss of a region is the KL divergence of the answers when it alone is in integers.
 
     Args:
         probe: The network on an engine and setting.
@@ -65,10 +67,73 @@ def mix_precisions(
     losses = region_losses(probe, images)
     found = _front(probe, latency, losses)
     if assignments and found and found[0].ratio < _WORTH:
-        drawn = probe.draw(assignments, probe.seed)
-        measured = probe.measure(drawn, latency.base_ms, tell)
-        found = _front(probe, fit_region_latency(latency, drawn, *measured), losses)
+        *_, latency = refine(probe, latency, losses, assignments, tell)
+        found = _front(probe, latency, losses)
     return found
+
+
+def refine(
+    probe: RegionProbe,
+    guess: RegionLatency,
+    losses: dict[str, float],
+    assignments: int,
+    tell: Tell | None = None,
+) -> Iterator[RegionLatency]:
+    """Yield the times of regions, fitted to the measurements of ever more mixes.
+
+    The first are random, and tell what regions and boundaries cost. Then come, a few at a time, mixes on the
+    front of what is known so far, spread over it: a front is made of what the fit takes for fast, so it is
+    there that its errors gather. Where all of them are measured, random ones follow.
+
+    Args:
+        probe: The network on an engine and setting.
+        guess: What the engine's profiler says of it.
+        losses: Of each region in integers.
+        assignments: How many mixes to measure.
+        tell: Told the fraction done.
+
+    Raises:
+        EngineError: The engine does not run one of the files.
+    """
+
+    def told(fraction: float) -> None:
+        if tell is not None:
+            tell((len(rows) + fraction * len(chosen)) / assignments)
+
+    drawn = iter(probe.draw(2 * assignments, probe.seed))
+    rows, ms, region_ms = list[Assignments](), list[float](), list[Floats]()
+    latency = guess
+    while len(rows) < assignments:
+        count = min(AT_ONCE if rows else _RANDOM, assignments - len(rows))
+        chosen = spread(_unmeasured(latency, losses, rows), count) if rows else []
+        chosen += [next(drawn) for _ in range(count - len(chosen))]
+        taken_ms, taken_region_ms = probe.measure(np.array(chosen), guess.base_ms, told)
+        rows += chosen
+        ms += taken_ms.tolist()
+        region_ms += list(taken_region_ms)
+        latency = fit_region_latency(guess, rows, ms, region_ms)
+        yield latency
+
+
+def spread(items: Sequence[Assignments], count: int) -> list[Assignments]:
+    """Return at most `count` items, evenly spread, the first and the last among them.
+
+    Example:
+        >>> spread([0, 1, 2, 3, 4], 3)
+        [0, 2, 4]
+    """
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round()
+    return [items[place] for place in np.unique(places.astype(int))]
+
+
+def _unmeasured(
+    latency: RegionLatency, losses: dict[str, float], rows: Sequence[Assignments]
+) -> list[Assignments]:
+    """Return the mixes on the front that are not among rows, the fastest first."""
+    known = {row.tobytes() for row in rows}
+    points = front(problem_of(latency, losses), "ms", points=_POINTS).points
+    mixes = [np.array([point.options[name] == FLOAT for name in latency.regions]) for point in points]
+    return [mix for mix in mixes if mix.any() and not mix.all() and mix.tobytes() not in known]
 
 
 @phase("sensitivities")

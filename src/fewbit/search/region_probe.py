@@ -33,7 +33,8 @@ from fewbit.step import Context
 Assignments = NDArray[np.bool_]
 Tell = Callable[[float], None]
 
-_AT_ONCE = 6
+AT_ONCE = 6
+"""Mixes that take turns with the network all in integers."""
 _ROUNDS = 8
 _BLOCK_S, _LEAST_CALLS = 0.1, 2
 _PROFILED_MS, _LEAST_PROFILED, _MOST_PROFILED = 300.0, 20, 300
@@ -163,8 +164,8 @@ class RegionProbe:
         base, done = self.file(np.zeros(len(self.regions), bool)), 0
         with EngineProcess(self.setting.engine) as process:
             against = process.open(base, self.setting)
-            for start in range(0, len(assignments), _AT_ONCE):
-                paths = [self.file(row) for row in assignments[start : start + _AT_ONCE]]
+            for start in range(0, len(assignments), AT_ONCE):
+                paths = [self.file(row) for row in assignments[start : start + AT_ONCE]]
                 try:
                     sessions = [process.open(path, self.setting) for path in paths]
                     timings = measure_interleaved(

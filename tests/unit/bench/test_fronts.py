@@ -14,17 +14,18 @@ from fewbit.data.demo import demo_cards
 from fewbit.measure.region_latency import RegionLatency
 from fewbit.registry import ROWS
 from fewbit.search.mixed_precision import problem_of
-from fronts import SOLVER, Judged, _children, by_sensitivity, by_tables, compare, volume
+from fronts import SOLVER, Judged, _children, by_sensitivity, by_tables, compare, dominates, volume
 
 A, B, C, D = ((bool(i & 2), bool(i & 1)) for i in range(4))
 
 
-def judged(speeds: list[float], losses: list[float], noise: float = 0.001) -> Judged:
+def judged(speeds: list[float], losses: list[float], noise: float = 0.001, spread: float = 0.0) -> Judged:
     """Return what was measured of four choices, the losses of each with the same noise on each image."""
     rng, made = np.random.default_rng(0), Judged.__new__(Judged)
     made.places = {choice: place for place, choice in enumerate((A, B, C, D)[: len(speeds)])}
-    drift = rng.uniform(0.5, 2.0, (21, 1))  # of the machine: the same for all in a round
-    made.rates = np.array(speeds) * drift * (1 + noise * rng.standard_normal((21, len(speeds))))
+    drift = rng.uniform(0.5, 2.0, (7, 3, 1))  # of the machine: the same for all in a round
+    luck = 1 + spread * rng.standard_normal((7, 1, len(speeds)))  # of a file in a sitting
+    made.rates = np.array(speeds) * drift * luck * (1 + noise * rng.standard_normal((7, 3, len(speeds))))
     images = rng.uniform(0.5, 1.5, 200)
     made.kl = np.array(losses)[:, None] * images + noise * rng.standard_normal((len(losses), 200))
     made.changed = np.zeros(len(speeds))
@@ -54,6 +55,14 @@ def test_who_beats_whom_in_spite_of_a_machine_that_drifts() -> None:
     assert (seen.beats(False) | ~sure).all()  # what is sure is so by the medians too
 
 
+def test_where_files_lie_in_memory_is_no_speed() -> None:
+    first, second = (judged([1.0, 1.01], [0.5, 0.4], spread=s).beats(True) for s in (0.0, 0.05))
+    assert first[1, 0] and not second.any()
+    one = judged([1.0, 1.01], [0.5, 0.4], spread=0.05)
+    one.rates = one.rates[:1]  # a single sitting cannot know: its rounds agree
+    assert one.ratios().shape == (3, 2, 2)
+
+
 def test_differences_within_the_noise_beat_nobody_surely() -> None:
     seen = judged([1.0, 1.001], [0.5, 0.4999], noise=0.2)
     assert not seen.beats(True).any() and seen.beats(False).sum() <= 1
@@ -67,6 +76,8 @@ def test_rows_are_counted_against_the_solvers() -> None:
     assert rows["good"]["beats_solver"] == 1 and rows["good"]["beaten_by_solver"] == 0
     assert rows[SOLVER]["beats_solver"] == rows["bad"]["beats_solver"] == 0
     assert rows["good"]["volume"] > rows[SOLVER]["volume"] > rows["bad"]["volume"]
+    assert dominates(rows["good"]) and not dominates(rows["bad"]) and not dominates(rows[SOLVER])
+    assert rows[SOLVER]["more_volume"] == 0.0 and not any(row["beats_all"] for row in rows.values())
     for row in rows.values():
         low, high = row["volume_interval95"]
         assert low <= row["volume"] <= high <= 1 and row["measuring_s"] == 60.0
@@ -111,14 +122,25 @@ def test_every_row_hands_over_different_choices_within_the_number(row: str) -> N
 def test_it_runs_on_the_demo_and_keeps_to_the_seconds() -> None:
     script = Path(__file__).resolve().parents[3] / "bench" / "fronts.py"
     card = next(path for path in demo_cards() if "depthwise" in path.name)
-    few = ["--seconds", "3", "--points", "2", "--rounds", "6", "--seen-images", "16", "--images", "32"]
-    command = [sys.executable, str(script), str(card), *few, "--calibration-images", "16", "--json"]
+    few = ["--seconds", "3", "--points", "2", "--sittings", "2", "--rounds", "3", "--images", "32"]
+    command = [
+        sys.executable,
+        str(script),
+        str(card),
+        *few,
+        "--seen-images",
+        "16",
+        "--calibration-images",
+        "16",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=550)
     (found,) = json.loads(done.stdout)
     rows = {row["row"]: row for row in found["rows"]}
     extra = {"integer_program, uncorrected", "by sensitivity", "evolve, measured"}
     assert set(rows) == {*ROWS["search"], *extra}
     assert found["images"] == 32 and found["judged"] == len(found["choices"]) <= 2 + 2 * len(rows)
+    assert (found["sittings"], found["rounds"]) == (2, 3)
     assert all(1 <= row["points"] <= 2 and 0 < row["volume"] <= 1 for row in rows.values())
     by = {name for choice in found["choices"] for name in choice["by"]}
     assert by == set(rows) and found["evaluated_by_evolve"] >= 1

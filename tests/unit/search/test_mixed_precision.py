@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from numpy.typing import NDArray
 from fewbit.engines.session import Setting
 from fewbit.measure.region_latency import RegionLatency
 from fewbit.search import mixed_precision
-from fewbit.search.mixed_precision import Mix, mix_precisions, problem_of
+from fewbit.search.mixed.front import front
+from fewbit.search.mixed_precision import FLOAT, Mix, mix_precisions, problem_of, refine
 from fewbit.search.region_probe import RegionProbe
 from networks import make_images, make_net
 
@@ -70,20 +73,88 @@ def test_a_gain_that_is_promised_is_measured_before_it_is_believed(
 ) -> None:
     guessed(monkeypatch, latency((1.0, 0.5, 0.8, -0.3)))
     real = latency((1.0, 0.5, 0.8, 0.3))
-    asked: list[int] = []
+    asked = measuring(monkeypatch, real)
+    told: list[float] = []
+    mixes = mix_precisions(probe, make_images(8).split(4), assignments=40, tell=told.append)
+    assert [len(drawn) for drawn in asked] == [18, 6, 6, 6, 4] and mixes[0].regions == ()
+    assert told == sorted(told) and told[-1] == 1.0
+    guessed(monkeypatch, real)
+    mix_precisions(probe, make_images(8).split(4), assignments=40)
+    assert len(asked) == 5, "without a promise nothing is measured"
+
+
+def measuring(monkeypatch: pytest.MonkeyPatch, real: RegionLatency) -> list[NDArray[np.bool_]]:
+    """Let every mix take what `real` says; return what is asked for, as it comes."""
+    asked: list[NDArray[np.bool_]] = []
 
     def measure(
-        self: RegionProbe, drawn: NDArray[np.bool_], base_ms: float, tell: object = None
+        self: RegionProbe, drawn: NDArray[np.bool_], base_ms: float, tell: Callable[[float], None]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        asked.append(len(drawn))
+        asked.append(drawn)
+        tell(1.0)
         return real.predict(drawn), 1.0 + drawn * np.array(real.float_ms)
 
     monkeypatch.setattr(RegionProbe, "measure", measure)
-    mixes = mix_precisions(probe, make_images(8).split(4), assignments=40)
-    assert asked == [40] and mixes[0].regions == ()
-    guessed(monkeypatch, real)
-    mix_precisions(probe, make_images(8).split(4), assignments=40)
-    assert asked == [40], "without a promise nothing is measured"
+    return asked
+
+
+class Chain:
+    """Regions in a row that take what is given, and what was asked for."""
+
+    def __init__(self, float_ms: NDArray[np.float64], boundary_ms: float) -> None:
+        self.seed, self.float_ms, self.boundary_ms = 0, float_ms, boundary_ms
+        self.asked: list[NDArray[np.bool_]] = []
+
+    def latency(self) -> RegionLatency:
+        count = len(self.float_ms)
+        return RegionLatency(
+            regions=tuple(f"r{place}" for place in range(count)),
+            base_ms=float(count),
+            float_ms=tuple(self.float_ms.tolist()),
+            boundaries=tuple((place, place + 1) for place in range(count - 1)),
+            boundary_ms=(self.boundary_ms,) * (count - 1),
+        )
+
+    def draw(self, count: int, seed: int) -> NDArray[np.bool_]:
+        return np.random.default_rng(seed).random((count, len(self.float_ms))) < 0.5
+
+    def measure(
+        self, drawn: NDArray[np.bool_], base_ms: float, tell: Callable[[float], None]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        self.asked.append(drawn)
+        region_ms = 1 + drawn * self.float_ms
+        region_ms[:, 1:] += self.boundary_ms * (drawn[:, 1:] ^ drawn[:, :-1])
+        return region_ms.sum(1), region_ms
+
+
+def test_refining_measures_where_the_front_lies() -> None:
+    rng = np.random.default_rng(3)
+    real = Chain(rng.uniform(-0.1, 0.5, 40), 0.05)
+    guess = Chain(real.float_ms + rng.normal(0, 0.2, 40), 0.1).latency()
+    losses = {name: 1.0 + 0.1 * place for place, name in enumerate(guess.regions)}
+    fits = list(refine(cast(RegionProbe, real), guess, losses, 30))
+    assert [fit.measured for fit in fits] == [18, 24, 30]
+    assert (real.asked[0] == real.draw(60, 0)[:18]).all(), "the first are random"
+    for before, asked in zip(fits, real.asked[1:], strict=False):
+        points = front(problem_of(before, losses), "ms", points=24).points
+        on_front = {tuple(point.options[name] == FLOAT for name in before.regions) for point in points}
+        rest = {tuple(row) for row in asked.tolist()} - on_front
+        assert len(rest) < len(asked) and rest <= {tuple(row) for row in real.draw(60, 0).tolist()}
+    rows = np.vstack(real.asked)
+    assert len({row.tobytes() for row in rows}) == 30 and not (rows.all(1) | ~rows.any(1)).any()
+    truth = front(problem_of(real.latency(), losses), "ms").points
+    for point in truth:
+        in_float = [point.options[name] == FLOAT for name in guess.regions]
+        assert fits[-1].predict(in_float) == pytest.approx(point.costs["ms"], rel=0.02)
+
+
+def test_where_all_of_the_front_is_measured_random_mixes_follow(
+    probe: RegionProbe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = measuring(monkeypatch, latency((1.0, 0.5, 0.8, 0.3)))
+    losses = dict.fromkeys(REGIONS, 0.5)
+    fits = list(refine(probe, latency((1.0, 0.5, 0.8, -0.3)), losses, 40))
+    assert fits[-1].measured == 40 and sum(map(len, asked)) == 40  # of 16 that there are
 
 
 def test_it_runs_on_an_engine(probe: RegionProbe) -> None:
