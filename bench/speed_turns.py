@@ -161,6 +161,65 @@ def measure_case(
     return sorted(found.values(), key=lambda s: (not s.answer, -_speed(s)))
 
 
+def measure_all(
+    entrants: Sequence[Entrant],
+    rounds: int,
+    baseline: int | None,
+    pace: Pace,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Standing]:
+    """Let all entrants take turns in one sitting.
+
+    Args:
+        entrants: Who takes part.
+        rounds: How many.
+        baseline: The place of the one that ratios of speed are to.
+        pace: How long to measure.
+        tell: Told what is being done.
+
+    Returns:
+        One Standing an entrant, in their order; its timing has the ratio.
+    """
+    found: dict[int, Standing] = {}
+    with ExitStack() as stack:
+        runners = _open_all(dict(enumerate(entrants)), stack, found, tell)
+        timings = _time(runners, rounds, pace, pace.seed, baseline, found)
+    found |= {place: Standing(entrants[place], timing) for place, timing in timings.items()}
+    return [found[place] for place in range(len(entrants))]
+
+
+def hold_sittings(
+    entrants: Sequence[Entrant], answer: int, pace: Pace, tell: Callable[[str], None] = lambda _: None
+) -> list[Standing]:
+    """Let entrants take turns in sittings alone, where who the answer is has been settled before.
+
+    Args:
+        entrants: Who takes part.
+        answer: The place of the answer among them.
+        pace: How long to measure.
+        tell: Told what is being done.
+
+    Returns:
+        One Standing an entrant, in their order; no ratios where the answer fails.
+    """
+    found = {place: Standing(entrant) for place, entrant in enumerate(entrants)}
+    _Sittings(dict(enumerate(entrants)), answer, pace, found).run(tell)
+    return [found[place] for place in range(len(entrants))]
+
+
+def choose_fastest(entrants: Sequence[Entrant], seconds: float, seed: int) -> tuple[Standing, float]:
+    """Return the fastest of entrants and its images a second; where none runs, one that says why, and 0."""
+    found: dict[int, Standing] = {}
+    with ExitStack() as stack:
+        runners = _open_all(dict(enumerate(entrants)), stack, found, lambda _: None)
+        ranked = survey(runners, seconds, 1, seed) if runners else []
+        best = next((one for one in ranked if not one.reason), None)
+        failed = [found[place].failed for place in sorted(found)] + [runner.failed for runner in runners]
+    if best is None:
+        return Standing(entrants[0], failed=next(filter(None, failed), "it was not tried")), 0.0
+    return Standing(runners[best.place].entrant), best.images_per_s
+
+
 def _open_all(
     entrants: Mapping[int, Entrant],
     stack: ExitStack,

@@ -7,7 +7,7 @@ import pytest
 
 from fewbit.engines.session import BlockTime, Setting
 from fewbit.errors import EngineCrashed, EngineError
-from speed_turns import Entrant, Pace, Standing, measure_case
+from speed_turns import Entrant, Pace, Standing, choose_fastest, hold_sittings, measure_all, measure_case
 
 PACE = Pace(sittings=6, rounds=3, first_rounds=3, block_s=0.0, survey_s=0.1)
 
@@ -186,3 +186,35 @@ def test_an_answer_that_crashes_in_the_final_is_none(entered: Field) -> None:
     entered.add("peer", Made(10))
     found = entered.measure()
     assert found["fewbit"].failed and not found["fewbit"].answer and found["peer"].ratio is None
+
+
+def test_the_fastest_way_is_found_and_a_failing_one_is_passed_over(entered: Field) -> None:
+    entered.refuse("refused", "no such kernel")
+    entered.add("slow", Made(50))
+    entered.add("fast", Made(100))
+    entered.add("dies", Made(500, fails_after=1))
+    best, images_per_s = choose_fastest(entered.entrants, 0.2, 0)
+    assert best.entrant.name == "fast" and images_per_s == pytest.approx(100) and not best.failed
+    assert all(made.closed == made.opened for made in entered.made.values())
+    nobody, speed = choose_fastest(entered.entrants[:1], 0.2, 0)
+    assert nobody.failed == "no such kernel" and speed == 0.0
+
+
+def test_all_take_turns_once_with_ratios_to_the_baseline(entered: Field) -> None:
+    for name, images_per_s in {"a": 100, "b": 50, "c": 200}.items():
+        entered.add(name, Made(images_per_s))
+    entered.add("dies", Made(500, fails_after=3))
+    found = measure_all(entered.entrants, 4, 1, PACE)
+    assert [s.entrant.name for s in found] == ["a", "b", "c", "dies"]
+    assert [s.timing and s.timing.ratio for s in found] == [pytest.approx(2), pytest.approx(1), 4.0, None]
+    assert "SIGSEGV" in found[3].failed and all(m.closed == m.opened for m in entered.made.values())
+
+
+def test_sittings_alone_take_the_answer_as_settled(entered: Field) -> None:
+    entered.add("fewbit slow", Made(100))
+    entered.add("near", Made(110, luck=(1.0, 0.5)))
+    found = hold_sittings(entered.entrants, 0, PACE)
+    assert found[0].answer and found[0].ratio is None
+    assert found[1].ratio == pytest.approx((100 / 110 + 100 / 55) / 2)
+    assert found[1].interval is not None and found[1].interval.high == pytest.approx(100 / 55)
+    assert [made.opened for made in entered.made.values()] == [6, 6]

@@ -1,0 +1,239 @@
+"""How throughput varies with the quantization strategy under an error budget, on networks with real images.
+
+    python bench/strategies.py ../shared/networks/mobilenet_v2.toml --peers PYTHON --studies studies
+    python bench/strategies.py CARD --budget "top5-error<=17%" --budget "top1-drop<=1%" --recipes int8,float32
+
+For each card: `fewbit search` runs once a budget; its study is kept in `--studies`, and not run again where
+it is there. Then stand side by side: the searches' answers; fewbit's shipped recipes on both engines; the
+peers of `speed.py`, calibrated on the images that calibrated the searches. Each but the answers runs at the
+fastest of `--batches` and of one stream of all threads or a stream a thread, found by a survey.
+
+Accuracy is what the engine that is timed computes from the file, on all of the card's images that calibrated
+nothing: top-5 error with its Wilson interval, top-1 drop against float32 with its paired interval. The
+answers were chosen on a part of these images; what the holdout images alone say of them stands in the last
+table, as the search says it.
+
+Speed: everyone takes turns for `--first-rounds` rounds, which gives the first tables their ratios to the
+network's fastest float32. Then each answer sits several times with both engines' float32 and the three
+fastest peers, opened anew for each sitting (`speed_turns.py`); the last table's ratios are the medians over
+sittings, with 95 % intervals, and the best peer is the one that the answer beats by least.
+
+With `--rows` the rows of a card are kept in a file when it is done, and a second run measures only the cards
+that are missing there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.console import Console
+
+from fewbit.cli.options import COUNT, Numbers
+from fewbit.data.image_set import ImageSet
+from fewbit.errors import EngineError, FewbitError
+from fewbit.load.card import Card, read_card
+from fewbit.measure.accuracy import Predictions
+from fewbit.measure.host import usable_cores
+from fewbit.search.study import read_study
+from fewbit.search.trial import StudyRecord
+from speed import keep, read_rows
+from speed_turns import Entrant, Pace, Standing, choose_fastest, hold_sittings, measure_all
+from strategies_field import (
+    FLOATS,
+    RECIPES,
+    Strategy,
+    answer_of,
+    open_bench,
+    own_strategies,
+    peer_strategies,
+    predict,
+    settings_of,
+)
+from strategies_table import Row, answer_row, strategy_row, tables_of
+
+_SURVEY_BLOCKS = 15
+_FINALISTS = 3
+_WIDTH = 300
+Tell = Callable[[str], None]
+
+
+class Searched(NamedTuple):
+    """A search that is done: its budget, folder and record."""
+
+    budget: str
+    folder: Path
+    study: StudyRecord
+
+
+def search(card: Card, source: str, budget: str, studies: Path, minutes: float, tell: Tell) -> Searched:
+    """Return a search's study; it runs now where it is not in the folder of studies yet."""
+    slug = re.sub(r"[^a-z0-9._]+", "-", f"{card.network.name}-{budget}".lower()).strip("-")
+    out = studies / slug
+    if not (out / "best" / "result.json").exists():
+        tell(f"searching for {budget}")
+        command = [sys.executable, "-m", "fewbit", "search", source, "--budget", budget]
+        command += ["--data", str(card.expected_data_path), "--minutes", str(minutes)]
+        command += ["--resume" if (out / "study.db").exists() else "--out", str(out)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode not in (0, 3):
+            raise click.ClickException(f"{slug}: the search failed: {ended.stderr.strip()[-500:]}")
+    return Searched(budget, out, read_study(out))
+
+
+def choose_ways(strategies: Sequence[Strategy], pace: Pace, tell: Tell) -> tuple[list[Standing], int | None]:
+    """Return the fastest way of each strategy, and the place of the fastest one in float32."""
+    standings, best, fastest = list[Standing](), 0.0, None
+    for place, strategy in enumerate(strategies):
+        tell(f"surveying {strategy.name}")
+        if strategy.ways:
+            chosen, images_per_s = choose_fastest(strategy.ways, pace.survey_s, pace.seed)
+        else:
+            chosen, images_per_s = Standing(_absent(strategy), failed=strategy.failed), 0.0
+        standings.append(chosen)
+        if strategy.form == "float32" and images_per_s > best:
+            best, fastest = images_per_s, place
+    return standings, fastest
+
+
+def measure_network(
+    strategies: Sequence[Strategy], chosen: list[Standing], baseline: int | None, pace: Pace, tell: Tell
+) -> list[Standing]:
+    """Time every strategy at its fastest way in one sitting, against the fastest one in float32."""
+    alive = [place for place, standing in enumerate(chosen) if not standing.failed]
+    base = alive.index(baseline) if baseline is not None else None
+    tell(f"{len(alive)} strategies take turns")
+    found = measure_all([chosen[place].entrant for place in alive], pace.first_rounds, base, pace)
+    standings = list(chosen)
+    for place, standing in zip(alive, found, strict=True):
+        standings[place] = standing
+    assert len(standings) == len(strategies)
+    return standings
+
+
+def opponents(standings: Sequence[Standing]) -> list[Entrant]:
+    """Return whom an answer sits with: both engines' float32 as captured, and the fastest peers."""
+    peers = [s for s in standings if not s.entrant.own and s.timing is not None]
+    ranked = sorted(peers, key=lambda s: -s.timing.images_per_s if s.timing is not None else 0.0)
+    floats = [s.entrant for s in peers if s.entrant.name in FLOATS]
+    fast = [s.entrant for s in ranked[:_FINALISTS] if s.entrant.name not in FLOATS]
+    return floats + fast
+
+
+def judge(
+    strategies: Sequence[Strategy], parts: Sequence[ImageSet], tell: Tell
+) -> tuple[list[Predictions | None], Predictions]:
+    """Return what every strategy predicts, none where it does not run; and what float32 does."""
+    found: list[Predictions | None] = []
+    for strategy in strategies:
+        tell(f"accuracy of {strategy.name}")
+        try:
+            found.append(predict(strategy, parts) if strategy.path is not None else None)
+        except EngineError as error:
+            print(f"{strategy.name}: {error}", file=sys.stderr)
+            found.append(None)
+    exact = next(
+        found
+        for strategy, found in zip(strategies, found, strict=True)
+        if strategy.name.startswith("fewbit float32") and found is not None
+    )
+    return found, exact
+
+
+def measure_card(source: str, options: dict[str, Any], pace: Pace, tell: Tell) -> list[Row]:
+    """Search, build, judge and time all of one card; return its rows."""
+    card, threads = read_card(source), usable_cores()
+    if card.expected_data_path is None:
+        raise click.UsageError(
+            f"{source}: its [expected] section names no data; add the images to measure on"
+        )
+    budgets, batches, seed = options["budget"], options["batches"], pace.seed
+    searched = [search(card, source, b, options["studies"], options["minutes"], tell) for b in budgets]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bench = open_bench(card, budgets[0], folder / "own", seed)
+        answers = [answer_of(one.study, one.folder, f"answer to {one.budget}") for one in searched]
+        tell("making files")
+        recipes = ["float32", *(r for r in options["recipes"] if r != "float32")]
+        own = own_strategies(bench, recipes, settings_of(batches, threads))
+        (folder / "peers").mkdir()
+        peers = peer_strategies(bench, source, folder / "peers", options["peers"], batches, threads, seed)
+        strategies = [*answers, *own, *peers]
+        chosen, baseline = choose_ways(strategies, pace, tell)
+        standings = measure_network(strategies, chosen, baseline, pace, tell)
+        rows = []
+        for one, standing in zip(searched, standings, strict=False):
+            entrants = [standing.entrant, *opponents(standings)]
+            tell(f"sittings of the answer to {one.budget}")
+            sat = hold_sittings(entrants, 0, pace, tell)
+            rows.append(answer_row(one.budget, one.study, sat, one.study.seconds))
+        found, exact = judge(strategies, (bench.images.search, bench.images.holdout), tell)
+        for strategy, standing, predicted in zip(strategies, standings, found, strict=True):
+            rows.append(strategy_row(strategy.name, standing, predicted, exact, budgets))
+    return [{"network": card.network.name, "source": source, "seed": seed} | row for row in rows]
+
+
+def _absent(strategy: Strategy) -> Entrant:
+    def refuse() -> Any:
+        raise EngineError(strategy.failed)
+
+    return Entrant(strategy.name, "", strategy.form, strategy.name.startswith("fewbit"), refuse)
+
+
+@click.command()
+@click.argument("cards", nargs=-1, required=True, metavar="CARD...")
+@click.option("--budget", multiple=True, default=("top5-error<=17%",), show_default=True)
+@click.option("--studies", type=click.Path(path_type=Path), default="studies", show_default=True)
+@click.option("--minutes", type=float, default=6.0, show_default=True, help="Of each search.")
+@click.option("--recipes", default=",".join(RECIPES), help="Shipped recipes to stand beside the answers.")
+@click.option("--batches", type=Numbers(int, 1), default="1,8,32", show_default=True)
+@click.option("--sittings", type=COUNT, default=6, show_default=True, help="Of the answers.")
+@click.option("--rounds", type=COUNT, default=4, show_default=True, help="Of each sitting, at least 3.")
+@click.option("--first-rounds", type=COUNT, default=12, show_default=True, help="Of every strategy.")
+@click.option("--block", type=float, default=0.2, show_default=True, help="Seconds of one block.")
+@click.option("--peers", default=sys.executable, help="The Python that has nncf.")
+@click.option("--rows", "rows_path", type=click.Path(path_type=Path), help="Keep every row in this file.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the tables.")
+def main(cards: tuple[str, ...], rows_path: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure every strategy on each card and print the tables."""
+    options["recipes"] = options["recipes"].split(",")
+    pace = Pace(
+        sittings=options["sittings"],
+        rounds=options["rounds"],
+        first_rounds=options["first_rounds"],
+        block_s=options["block"],
+        survey_s=_SURVEY_BLOCKS * options["block"],
+        seed=options["seed"],
+    )
+    rows = read_rows(rows_path)
+    for source in cards:
+        if any(row["source"] == source and row["seed"] == pace.seed for row in rows):
+            continue
+
+        def tell(doing: str, name: str = Path(source).stem) -> None:
+            print(f"{name}: {doing}", file=sys.stderr, flush=True)
+
+        try:
+            found = measure_card(source, options, pace, tell)
+        except FewbitError as error:
+            raise click.UsageError(str(error)) from error
+        rows += found
+        keep(found, rows_path)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    console = Console(width=_WIDTH)
+    for table in tables_of(rows):
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
