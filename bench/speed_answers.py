@@ -79,7 +79,7 @@ def files_of(network: Network) -> tuple[Kind, ...]:
     """Return the kinds of file worth trying for a network on this host."""
     wide: FloatPrecision = "bf16" if describe_host().bf16 else "float32"
     found = [Kind("float32", "onnxruntime"), Kind("int8", "onnxruntime"), Kind("float32", "openvino")]
-    if wide == "bf16":  # which OpenVINO refuses where it is told to do without (ONEDNN_MAX_CPU_ISA)
+    if wide == "bf16":
         found += [Kind("float32", "openvino", wide), Kind("int8", "openvino")]
     found += [Kind("int8", "openvino", wide), Kind(_MIXED, "openvino", wide)]
     if network.net.image_range is not None:

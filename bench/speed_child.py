@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewbit.engines.child import time_calls
+from fewbit.measure.host import describe_host
 
 Images = NDArray[np.float32]
 COMPILERS = ("c++", "g++", "clang++")
@@ -29,7 +30,8 @@ class OpenVinoPeer:
     """A file as a user of OpenVINO runs it: with a performance hint, or with streams; no precision is pinned.
 
     What is left to the engine (bf16 for float operators where it is native, cores of its threads) stays its
-    own choice with a hint.
+    own choice with a hint. Where it is told to take the processor for one without bf16, float operators are
+    computed in float32, as they would be there.
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -41,6 +43,8 @@ class OpenVinoPeer:
         model = core.read_model(job["path"])
         model.reshape([job["batch"], *job["size"]])
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": job["threads"]}
+        if not describe_host().bf16:  # which it may choose where it is told to do without, and then refuses
+            options["INFERENCE_PRECISION_HINT"] = "f32"
         if job["hint"]:
             options["PERFORMANCE_HINT"] = job["hint"]
         else:

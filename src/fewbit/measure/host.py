@@ -35,6 +35,7 @@ _ISA: dict[str, tuple[str, ...]] = {
 }
 _X86 = ("x86_64", "amd64", "i386", "i686")
 _NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
+_LIMITS_WITH_BF16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 _VNNI = {"avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8"}
 _PACKAGES = (
     "fewbit",
@@ -63,7 +64,7 @@ class Host(Frozen):
         os: Operating system and release.
         load_average: Over the last minute when described; none where the system does not tell.
         governor: Clock mode of the first core; empty where it cannot be read.
-        bf16: It multiplies bfloat16 natively.
+        bf16: It multiplies bfloat16 natively, and ``ONEDNN_MAX_CPU_ISA`` does not forbid it.
         saturates_u8s8: Its int8 products of u8 and s8 go through 16 bits that can overflow (x86 without VNNI
             or AMX).
     """
@@ -94,7 +95,7 @@ def describe_host() -> Host:
         os=f"{platform.system()} {platform.release()}",
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         governor=_text(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
-        bf16=bool(_NATIVE_BF16.intersection(isa)),
+        bf16=bool(_NATIVE_BF16.intersection(isa)) and any(part in _limit() for part in _LIMITS_WITH_BF16),
         saturates_u8s8=machine in _X86 and not _VNNI.intersection(isa),
     )
 
@@ -110,11 +111,15 @@ def rounding_of(engine: EngineName, host: Host) -> Rounding:
     """
     if engine == "reference":
         return "exact"
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    allowed = limit in ("ALL", "DEFAULT") or "AMX" in limit
+    allowed = _limit() in ("ALL", "DEFAULT") or "AMX" in _limit()
     if engine == "openvino" and allowed and {"amx_int8", "amx_bf16"} <= set(host.isa):
         return "openvino_amx"
     return engine
+
+
+def _limit() -> str:
+    """Return what oneDNN, and with it OpenVINO, is told to take the processor for."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
 
 
 def sums_exactly(engine: EngineName) -> bool:

@@ -83,6 +83,22 @@ def test_the_reference_rounds_as_the_engine_does_on_the_host(
     assert rounding_of(engine, Host(cpu="", isa=isa, cores=1, memory_bytes=1, os="")) == wanted
 
 
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [(None, True), ("ALL", True), ("avx512_core_bf16", True), ("AVX512_CORE_AMX", True), ("AVX2", False)],
+)
+def test_bf16_is_not_native_where_onednn_is_to_do_without(
+    monkeypatch: pytest.MonkeyPatch, limit: str | None, wanted: bool
+) -> None:
+    monkeypatch.setattr(host, "_processor", lambda: ("made", frozenset({"avx512_bf16"})))
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert describe_host().bf16 is wanted
+    monkeypatch.setattr(host, "_processor", lambda: ("made", frozenset({"avx2"})))
+    assert not describe_host().bf16
+
+
 def test_cpuinfo_of_x86_and_arm() -> None:
     x86 = "model name\t: Xeon\nflags\t\t: fpu avx2\n\nmodel name\t: Other\nflags\t\t: fpu\n"
     assert read_cpuinfo(x86) == ("Xeon", frozenset({"fpu", "avx2"}))
