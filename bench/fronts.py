@@ -24,14 +24,16 @@ more, both beyond the 95 % interval of the paired measurement (ratio of speeds w
 within a sitting, the interval over sittings; difference of KL on the same image); of some hundred pairs a few
 look so by chance. "beats the solver's" counts the solver's choices that some choice of the row surely beats
 (or by the medians alone), "beaten by" those of the row that one of the solver's does. The volume is the area
-of speed and KL that a row's choices reach, as a share of what all rows' reach together, with the 95 %
-interval of resampled sittings and images. The solver's front is dominated by a row that surely reaches more,
-or whose choices surely beat every one of its own.
+of speed and KL that a row's choices reach, as a share of what all rows' reach together: the median over
+sittings, each with its own speeds and a draw of the images, and its 95 % interval. The solver's front is
+dominated by a row that surely reaches more, or whose choices surely beat every one that the solver has beside
+all integers and all float.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,11 +48,12 @@ from rich.console import Console
 from rich.table import Table
 
 import fewbit
+from fewbit.cli.options import COUNT
 from fewbit.engines.process import EngineProcess, RemoteSession
 from fewbit.engines.session import EngineName, FloatPrecision
 from fewbit.export.onnx_out import export_onnx
 from fewbit.measure.host import sums_exactly
-from fewbit.measure.intervals import median_interval
+from fewbit.measure.intervals import Interval, median_interval
 from fewbit.measure.region_latency import RegionLatency
 from fewbit.measure.speed import measure_interleaved
 from fewbit.recipe import run_recipe
@@ -70,7 +73,6 @@ Choice = tuple[bool, ...]
 Floats = NDArray[np.float64]
 _AT_ONCE, _ROUNDS, _BLOCK_S, _CALLS = 6, 8, 0.1, 4
 _PARENTS, _MUTATION, _MUTATIONS = 10, 0.1, 2.0
-_DRAWS = 400
 _MIXES = 1000
 _BEYOND = 0.1  # of the range, so that the ends of a front count too
 
@@ -134,7 +136,9 @@ def measure_tables(subject: Subject, seconds: float) -> tuple[RegionLatency, Reg
     refined, took = refine(probe, guess, losses, _MIXES), 0.0
     while time.perf_counter() - begin + took < seconds:
         start, before = time.perf_counter(), fitted.measured
-        fitted = next(refined)
+        fitted = next(refined, fitted)
+        if fitted.measured == before:
+            break  # there are no more
         took = (time.perf_counter() - start) * _AT_ONCE / (fitted.measured - before)
     return guess, fitted, losses
 
@@ -264,17 +268,18 @@ class Judged:
         return np.asarray((np.array(low) > 1) & (apart.mean(-1) + spread < 0))
 
     def volumes(self, sets: Sequence[Sequence[int]], rng: np.random.Generator) -> Floats:
-        """Return the share of the whole volume that sets reach, measured and resampled (1 + draws, sets)."""
+        """Return the share of the whole volume that sets reach in each sitting (sittings, sets).
+
+        Each sitting has its own speeds, and a draw of the images with replacement, so that what differs
+        between sittings is what chance there is in both. The corner is that of all sittings and images.
+        """
         share = self.rates / self.rates.mean(-1, keepdims=True)
         taken = np.median(share, 1) if len(share) > 1 else share[0]
-        sittings, images = len(taken), self.kl.shape[1]
+        speed, loss = np.median(taken, 0), self.kl.mean(1)
+        corner = speed.min() - _BEYOND * np.ptp(speed), loss.max() + _BEYOND * np.ptp(loss)
         found = []
-        for draw in range(1 + _DRAWS):
-            chosen = np.arange(sittings) if not draw else rng.integers(sittings, size=sittings)
-            shown = np.arange(images) if not draw else rng.integers(images, size=images)
-            speed = np.median(taken[chosen], 0)
-            loss = self.kl[:, shown].mean(1)
-            corner = speed.min() - _BEYOND * np.ptp(speed), loss.max() + _BEYOND * np.ptp(loss)
+        for speed in taken:
+            loss = self.kl[:, rng.integers(self.kl.shape[1], size=self.kl.shape[1])].mean(1)
             whole = volume(speed, loss, corner)
             found.append([volume(speed[list(s)], loss[list(s)], corner) / whole for s in sets])
         return np.array(found)
@@ -300,7 +305,7 @@ def volume(speed: Floats, loss: Floats, corner: tuple[float, float]) -> float:
     """
     area, reached = 0.0, corner[0]
     for place in np.lexsort((-speed, loss)):
-        if speed[place] > reached:
+        if speed[place] > reached and loss[place] < corner[1]:
             area += (speed[place] - reached) * (corner[1] - loss[place])
             reached = speed[place]
     return float(area)
@@ -367,10 +372,11 @@ def compare(
     reach = [[*places, *(judged.places[choice] for choice in both)] for places in sets.values()]
     volumes = judged.volumes(reach, np.random.default_rng(seed))
     sure, nominal, solver = judged.beats(True), judged.beats(False), sets[SOLVER]
+    own = [place for place in solver if place not in {judged.places[choice] for choice in both}]
     rows_found = []
     for place, (name, places) in enumerate(sets.items()):
-        low, high = np.quantile(volumes[1:, place], [0.025, 0.975])
-        more = volumes[:, place] - volumes[:, list(sets).index(SOLVER)]
+        reached = volumes[:, place].tolist()
+        more = (volumes[:, place] - volumes[:, list(sets).index(SOLVER)]).tolist()
         rows_found.append(
             {
                 "row": name,
@@ -378,17 +384,21 @@ def compare(
                 "measuring_s": took[name][0],
                 "solving_s": took[name][1],
                 "beats_solver": int(sure[np.ix_(places, solver)].any(0).sum()),
-                "beats_all": bool(sure[np.ix_(places, solver)].any(0).all()),
+                "beats_all": bool(own and sure[np.ix_(places, own)].any(0).all()),
                 "beats_solver_by_medians": int(nominal[np.ix_(places, solver)].any(0).sum()),
                 "beaten_by_solver": int(sure[np.ix_(solver, places)].any(0).sum()),
                 "beaten_by_solver_by_medians": int(nominal[np.ix_(solver, places)].any(0).sum()),
-                "volume": float(volumes[0, place]),
-                "volume_interval95": [float(low), float(high)],
-                "more_volume": float(more[0]),
-                "more_volume_interval95": np.quantile(more[1:], [0.025, 0.975]).tolist(),
+                "volume": statistics.median(reached),
+                "volume_interval95": _ends(median_interval(reached)),
+                "more_volume": statistics.median(more),
+                "more_volume_interval95": _ends(median_interval(more)),
             }
         )
     return rows_found
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
 
 
 def _describe(
@@ -401,7 +411,7 @@ def _describe(
             "by": [name for name, choices in found.items() if choice in choices],
             "images_per_s": float(np.median(judged.rates[..., place])),
             "ratio_to_int8": float(np.median(ratios[:, place])),
-            "interval95": list(median_interval(ratios[:, place].tolist()).model_dump().values()),
+            "interval95": _ends(median_interval(ratios[:, place].tolist())),
             "kl": float(judged.kl[place].mean()),
             "kl_interval95": (
                 judged.kl[place].mean()
@@ -447,8 +457,10 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
         )
     console.print(table)
     beaten = [row["row"] for row in found["rows"] if dominates(row)]
-    told = f"dominated by {', '.join(beaten)}" if beaten else "not dominated"
-    console.print(f"the solver's front: {told}\n")
+    told = f"dominated by {', '.join(beaten)}" if beaten else "dominated by none"
+    most = max((row["beats_solver"] for row in found["rows"]), default=0)
+    points = next(row["points"] for row in found["rows"] if row["row"] == SOLVER)
+    console.print(f"the solver's front: {told}; at most {most} of its {points} choices are surely beaten\n")
 
 
 @click.command(help=__doc__)
@@ -458,9 +470,17 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
 @click.option("--batch", default=8, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--seconds", default=60.0, show_default=True, help="That each method may measure.")
-@click.option("--points", default=8, show_default=True, help="Choices that each hands over at most.")
-@click.option("--sittings", default=6, show_default=True, help="In which all files are judged.")
-@click.option("--rounds", default=7, show_default=True, help="Turns that each file takes in a sitting.")
+@click.option(
+    "--points",
+    type=click.IntRange(min=2),
+    default=8,
+    show_default=True,
+    help="Choices that each hands over at most.",
+)
+@click.option("--sittings", type=COUNT, default=8, show_default=True, help="In which all files are judged.")
+@click.option(
+    "--rounds", type=COUNT, default=5, show_default=True, help="Turns that each file takes in a sitting."
+)
 @click.option("--calibration-images", default=64, show_default=True)
 @click.option("--seen-images", default=64, show_default=True, help="That methods take losses on.")
 @click.option("--images", default=256, show_default=True, help="That judge.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbit.clock import phase
-from fewbit.measure.region_latency import Floats, RegionLatency, fit_region_latency
+from fewbit.measure.region_latency import RegionLatency, fit_region_latency
 from fewbit.ranges.float_pass import keep_freed_memory
 from fewbit.search.mixed.front import front
 from fewbit.search.mixed.problem import Boundary, Option, Problem, Region
@@ -67,7 +67,8 @@ def mix_precisions(
     losses = region_losses(probe, images)
     found = _front(probe, latency, losses)
     if assignments and found and found[0].ratio < _WORTH:
-        *_, latency = refine(probe, latency, losses, assignments, tell)
+        for fitted in refine(probe, latency, losses, assignments, tell):
+            latency = fitted
         found = _front(probe, latency, losses)
     return found
 
@@ -81,7 +82,7 @@ def refine(
 ) -> Iterator[RegionLatency]:
     """Yield the times of regions, fitted to the measurements of ever more mixes.
 
-    The first are random, and tell what regions and boundaries cost. Then come, a few at a time, mixes on the
+    The first 18 are random, and tell what regions and boundaries cost. Then come, six at a time, mixes on the
     front of what is known so far, spread over it: a front is made of what the fit takes for fast, so it is
     there that its errors gather. Where all of them are measured, random ones follow.
 
@@ -95,23 +96,21 @@ def refine(
     Raises:
         EngineError: The engine does not run one of the files.
     """
-
-    def told(fraction: float) -> None:
-        if tell is not None:
-            tell((len(rows) + fraction * len(chosen)) / assignments)
-
     drawn = iter(probe.draw(2 * assignments, probe.seed))
-    rows, ms, region_ms = list[Assignments](), list[float](), list[Floats]()
-    latency = guess
-    while len(rows) < assignments:
-        count = min(AT_ONCE if rows else _RANDOM, assignments - len(rows))
-        chosen = spread(_unmeasured(latency, losses, rows), count) if rows else []
-        chosen += [next(drawn) for _ in range(count - len(chosen))]
-        taken_ms, taken_region_ms = probe.measure(np.array(chosen), guess.base_ms, told)
-        rows += chosen
-        ms += taken_ms.tolist()
-        region_ms += list(taken_region_ms)
-        latency = fit_region_latency(guess, rows, ms, region_ms)
+    rows, latency = list[Assignments](), guess
+
+    def chunks() -> Iterator[Assignments]:
+        while len(rows) < assignments:
+            count = min(AT_ONCE, assignments - len(rows))
+            chosen = spread(_unmeasured(latency, losses, rows), count) if len(rows) >= _RANDOM else []
+            chosen += [next(drawn) for _ in range(count - len(chosen))]
+            rows.extend(chosen)
+            yield np.array(chosen)
+
+    for measured in probe.measure_each(chunks(), guess.base_ms):
+        latency = fit_region_latency(guess, rows, *measured)
+        if tell is not None:
+            tell(len(rows) / assignments)
         yield latency
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from fewbit.errors import EngineError
 from fewbit.export.onnx_out import export_onnx
 from fewbit.export.sizes import Sizes
 from fewbit.measure.host import describe_host
-from fewbit.measure.region_latency import RegionLatency
+from fewbit.measure.region_latency import Floats, RegionLatency
 from fewbit.measure.speed import measure_interleaved
 from fewbit.net import Net
 from fewbit.place.regions import regions_of
@@ -39,6 +40,12 @@ _ROUNDS = 8
 _BLOCK_S, _LEAST_CALLS = 0.1, 2
 _PROFILED_MS, _LEAST_PROFILED, _MOST_PROFILED = 300.0, 20, 300
 _NS_PER_VALUE = 0.15  # what fits ResNet-20 and MobileNetV2 on OpenVINO best: kernels round on the way out
+
+
+def _chunks(assignments: Assignments) -> Iterator[Assignments]:
+    """Give assignments a few at a time."""
+    for start in range(0, len(assignments), AT_ONCE):
+        yield assignments[start : start + AT_ONCE]
 
 
 class RegionProbe:
@@ -120,15 +127,18 @@ class RegionProbe:
             base_ms: Of the network all in integers.
             tell: Told the fraction done.
         """
-        return np.array([ms for ms, _ in self._in_turns(assignments, base_ms, tell)])
+        times = list[float]()
+        for chunk in self._in_turns(_chunks(assignments), base_ms):
+            for taken, _ in chunk:
+                times.append(taken)
+                if tell is not None:
+                    tell(len(times) / len(assignments))
+        return np.array(times)
 
     def measure(
         self, assignments: Assignments, base_ms: float, tell: Tell | None = None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    ) -> tuple[Floats, Floats]:
         """Return what `time` does, and the milliseconds of each region by the engine's profiler.
-
-        What the profiler does not see is spread over the operators, and the regions of an assignment are
-        scaled to add up to its time.
 
         Args:
             assignments: Bool (n, regions).
@@ -141,43 +151,70 @@ class RegionProbe:
         Raises:
             EngineError: No mix is given, a file failed, or the profiler saw nothing of one.
         """
-        times, profiles = list[float](), list[tuple[NDArray[np.float64], NDArray[np.int64]]]()
-        for taken, session in self._in_turns(assignments, base_ms, tell):
-            calls = int(np.clip(_PROFILED_MS / taken, _LEAST_PROFILED, _MOST_PROFILED))
-            times.append(taken)
-            profiles.append(self._by_region(session.profile(calls)))
-        ms = np.array(times)
-        region_ms, ran = (np.array([profile[part] for profile in profiles]) for part in (0, 1))
-        if not len(ms) or not region_ms.sum(1).all():
+        found = np.zeros(0), np.zeros((0, len(self.regions)))
+        for found in self.measure_each(_chunks(assignments), base_ms):
+            if tell is not None:
+                tell(len(found[0]) / len(assignments))
+        if not len(found[0]):
             raise EngineError(
-                f"{self.net.name} on {self.setting.engine}: the profiler saw no operator in one of {len(ms)} "
-                "mixes; give one mix or more of a network that takes longer, or a larger batch"
+                f"{self.net.name} on {self.setting.engine}: no mix to measure; give one or more"
             )
-        unseen_ms = max(0.0, float(np.median((ms - region_ms.sum(1)) / ran.sum(1))))
-        region_ms += unseen_ms * ran
-        return ms, region_ms * (ms / region_ms.sum(1))[:, None]
+        return found
+
+    def measure_each(self, chunks: Iterable[Assignments], base_ms: float) -> Iterator[tuple[Floats, Floats]]:
+        """Yield what `measure` returns of all mixes so far, after each chunk of them.
+
+        A chunk is asked for when those before it are yielded, so it may follow from them. All of them are
+        held against one opened file of the network all in integers: opened anew, it may be a few percent
+        faster or slower.
+
+        What the profiler does not see is spread over the operators, and the regions of a mix are scaled to
+        add up to its time.
+
+        Args:
+            chunks: Bool (n, regions), which take turns; few at a time, for all their files are open at once.
+            base_ms: Of the network all in integers.
+
+        Raises:
+            EngineError: A file failed, or the profiler saw nothing of one.
+        """
+        times, parts, ran = list[float](), list[Floats](), list[NDArray[np.int64]]()
+        for chunk in self._in_turns(chunks, base_ms):
+            for taken, session in chunk:
+                calls = int(np.clip(_PROFILED_MS / taken, _LEAST_PROFILED, _MOST_PROFILED))
+                profile, operators = self._by_region(session.profile(calls))
+                if not profile.any():
+                    raise EngineError(
+                        f"{self.net.name} on {self.setting.engine}: the profiler saw no operator of a mix; "
+                        "give a network that takes longer, or a larger batch"
+                    )
+                times.append(taken)
+                parts.append(profile)
+                ran.append(operators)
+            ms, region_ms, counts = np.array(times), np.array(parts), np.array(ran)
+            unseen_ms = max(0.0, float(np.median((ms - region_ms.sum(1)) / counts.sum(1))))
+            region_ms = region_ms + unseen_ms * counts
+            yield ms, region_ms * (ms / region_ms.sum(1))[:, None]
 
     def _in_turns(
-        self, assignments: Assignments, base_ms: float, tell: Tell | None
-    ) -> Iterator[tuple[float, RemoteSession]]:
-        """Give the time of each assignment, and its file still open."""
-        base, done = self.file(np.zeros(len(self.regions), bool)), 0
+        self, chunks: Iterable[Assignments], base_ms: float
+    ) -> Iterator[list[tuple[float, RemoteSession]]]:
+        """Give the times of each chunk of assignments, and their files still open."""
+        base, place = self.file(np.zeros(len(self.regions), bool)), 0
         with EngineProcess(self.setting.engine) as process:
             against = process.open(base, self.setting)
-            for start in range(0, len(assignments), AT_ONCE):
-                paths = [self.file(row) for row in assignments[start : start + AT_ONCE]]
+            for chunk in chunks:
+                paths = [self.file(row) for row in chunk]
                 try:
                     sessions = [process.open(path, self.setting) for path in paths]
                     timings = measure_interleaved(
-                        [against, *sessions], _ROUNDS, _BLOCK_S, self.seed + start, min_calls=_LEAST_CALLS
+                        [against, *sessions], _ROUNDS, _BLOCK_S, self.seed + place, min_calls=_LEAST_CALLS
                     )
-                    for session, timing in zip(sessions, timings[1:], strict=True):
-                        assert timing.ratio is not None
-                        yield base_ms / timing.ratio, session
+                    taken = [base_ms / cast(float, timing.ratio) for timing in timings[1:]]
+                    yield list(zip(taken, sessions, strict=True))
+                    for session in sessions:
                         session.close()
-                        done += 1
-                        if tell is not None:
-                            tell(done / len(assignments))
+                    place += len(paths)
                 finally:
                     for path in set(paths) - {base}:
                         path.unlink()

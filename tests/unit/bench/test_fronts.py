@@ -59,8 +59,8 @@ def test_where_files_lie_in_memory_is_no_speed() -> None:
     first, second = (judged([1.0, 1.01], [0.5, 0.4], spread=s).beats(True) for s in (0.0, 0.05))
     assert first[1, 0] and not second.any()
     one = judged([1.0, 1.01], [0.5, 0.4], spread=0.05)
-    one.rates = one.rates[:1]  # a single sitting cannot know: its rounds agree
-    assert one.ratios().shape == (3, 2, 2)
+    one.rates = one.rates[:1]  # its rounds stand for sittings
+    assert one.ratios().shape == (3, 2, 2) and one.volumes([[0, 1]], np.random.default_rng(0)).shape == (3, 1)
 
 
 def test_differences_within_the_noise_beat_nobody_surely() -> None:
@@ -78,6 +78,9 @@ def test_rows_are_counted_against_the_solvers() -> None:
     assert rows["good"]["volume"] > rows[SOLVER]["volume"] > rows["bad"]["volume"]
     assert dominates(rows["good"]) and not dominates(rows["bad"]) and not dominates(rows[SOLVER])
     assert rows[SOLVER]["more_volume"] == 0.0 and not any(row["beats_all"] for row in rows.values())
+    (_, only) = compare(seen, {SOLVER: [A, D], "good": [B]}, took, [D], 0)
+    assert only["beats_all"] and dominates(only), "what everybody has cannot save a front"
+    assert not dominates(only | {"beats_all": False, "more_volume_interval95": [-0.1, 0.3]})
     for row in rows.values():
         low, high = row["volume_interval95"]
         assert low <= row["volume"] <= high <= 1 and row["measuring_s"] == 60.0

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fewbit.engines.process import EngineProcess, RemoteSession
@@ -133,6 +135,35 @@ def test_all_assignments_are_timed_in_one_process(tmp_path: Path, monkeypatch: p
     made.time(drawn, 5.0)
     assert len(set(started)) == 1
     assert opened.count("residual-0.onnx") == 1 + int((~drawn.any(1)).sum())
+
+
+def test_chunks_follow_from_those_before_in_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, opened, seen = probe("residual", "openvino", tmp_path), list[str](), list[int]()
+    original = EngineProcess.open
+
+    def counted(self: EngineProcess, path: Path, setting: Setting) -> RemoteSession:
+        opened.append(path.name)
+        return original(self, path, setting)
+
+    def chunks() -> Iterator[NDArray[np.bool_]]:
+        for place in range(3):
+            assert len(seen) == place, "a chunk is asked for when those before it are there"
+            yield np.eye(4, dtype=bool)[place : place + 1]
+
+    monkeypatch.setattr(EngineProcess, "open", counted)
+    for ms, region_ms in made.measure_each(chunks(), 5.0):
+        seen.append(len(ms))
+        assert np.allclose(region_ms.sum(1), ms) and region_ms.shape == (len(ms), 4)
+    assert seen == [1, 2, 3] and opened.count("residual-0.onnx") == 1 and len(opened) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["residual-0.onnx"]
+
+
+def test_no_mix_cannot_be_measured(tmp_path: Path) -> None:
+    made = probe("residual", "openvino", tmp_path)
+    with pytest.raises(EngineError, match="residual on openvino: no mix to measure; give one or more"):
+        made.measure(np.zeros((0, 4), bool), 5.0)
 
 
 def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
