@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewbit.engines.child import time_calls
-from fewbit.measure.host import describe_host
+from fewbit.measure.host import forbids_bf16
 
 Images = NDArray[np.float32]
 COMPILERS = ("c++", "g++", "clang++")
@@ -43,7 +43,7 @@ class OpenVinoPeer:
         model = core.read_model(job["path"])
         model.reshape([job["batch"], *job["size"]])
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": job["threads"]}
-        if not describe_host().bf16:  # which it may choose where it is told to do without, and then refuses
+        if forbids_bf16():  # which it may choose where it is told to do without, and then refuses
             options["INFERENCE_PRECISION_HINT"] = "f32"
         if job["hint"]:
             options["PERFORMANCE_HINT"] = job["hint"]

@@ -208,12 +208,18 @@ def hold_sittings(
 
 
 def choose_fastest(entrants: Sequence[Entrant], seconds: float, seed: int) -> tuple[Standing, float]:
-    """Return the fastest of entrants and its images a second; where none runs, one that says why, and 0."""
+    """Return the fastest of entrants and its images a second; where none runs, one that says why, and 0.
+
+    Args:
+        entrants: One or more.
+        seconds: For all of them, or a few calls of each where that is longer.
+        seed: Of their order in each round.
+    """
     found: dict[int, Standing] = {}
     with ExitStack() as stack:
         runners = _open_all(dict(enumerate(entrants)), stack, found, lambda _: None)
-        ranked = survey(runners, seconds, 1, seed) if runners else []
-        best = next((one for one in ranked if not one.reason), None)
+        ranked = survey(runners, _survey_s(runners, seconds), 1, seed) if runners else []
+        best = next((one for one in ranked if one.images_per_s and not runners[one.place].failed), None)
         failed = [found[place].failed for place in sorted(found)] + [runner.failed for runner in runners]
     if best is None:
         return Standing(entrants[0], failed=next(filter(None, failed), "it was not tried")), 0.0
@@ -266,6 +272,16 @@ def _time(
     return {}
 
 
+def _survey_s(runners: Sequence[_Runner], least_s: float) -> float:
+    """Return the time for a few calls of each, guessed from the first that runs, or more."""
+    images = sum(runner.setting.batch * runner.setting.streams for runner in runners)
+    for runner in runners:
+        with suppress(EngineError):
+            call = runner.opened.time_block(0.0)
+            return max(least_s, _SURVEY_CALLS * images * call.seconds / call.images)
+    return least_s
+
+
 def _speed(standing: Standing) -> float:
     return standing.timing.images_per_s if standing.timing is not None else 0.0
 
@@ -309,7 +325,7 @@ class _Stages:
             return
         ranked = survey(
             self.own,
-            self._survey_s(),
+            _survey_s(self.own, self.pace.survey_s),
             _CANDIDATES,
             self.pace.seed,
             on_drop=lambda place: self.own[place].opened.close(),
@@ -320,15 +336,6 @@ class _Stages:
                 slow = not runner.failed
                 self.found[runner.place] = Standing(runner.entrant, failed=runner.failed, dropped=slow)
         self.own = [self.own[one.place] for one in ranked if not one.reason]
-
-    def _survey_s(self) -> float:
-        """Time for a few calls of each, guessed from the first that runs."""
-        images = sum(runner.setting.batch * runner.setting.streams for runner in self.own)
-        for runner in self.own:
-            with suppress(EngineError):
-                call = runner.opened.time_block(0.0)
-                return max(self.pace.survey_s, _SURVEY_CALLS * images * call.seconds / call.images)
-        return self.pace.survey_s
 
 
 class _Sittings:

@@ -5,27 +5,30 @@
 
 For each card: `fewbit search` runs once a budget; its study is kept in `--studies`, and not run again where
 it is there. Then stand side by side: the searches' answers; fewbit's shipped recipes on both engines; the
-peers of `speed.py`, calibrated on the images that calibrated the searches. Each but the answers runs at the
-fastest of `--batches` and of one stream of all threads or a stream a thread, found by a survey.
+peers of `speed.py` that are files (not torch.compile), calibrated on the images that calibrated the searches.
+Each but the answers runs at the fastest of `--batches` and of one stream of all threads or a stream a thread,
+found by a survey.
 
 Accuracy is what the engine that is timed computes from the file, on all of the card's images that calibrated
-nothing: top-5 error with its Wilson interval, top-1 drop against float32 with its paired interval. The
-answers were chosen on a part of these images; what the holdout images alone say of them stands in the last
+nothing: top-5 error with its Wilson interval, top-1 drop against float32 with its paired interval. What is
+"proven" there is so for all strategies together (Bonferroni). The answers were chosen on a part of these
+images, which therefore prove nothing of them; what the holdout images alone say of them stands in the last
 table, as the search says it.
 
-Speed: everyone takes turns for `--first-rounds` rounds, which gives the first tables their ratios to the
-network's fastest float32. Then each answer sits several times with both engines' float32 and the three
-fastest peers, opened anew for each sitting (`speed_turns.py`); the last table's ratios are the medians over
-sittings, with 95 % intervals, and the best peer is the one that the answer beats by least.
+Speed: everyone takes turns for `--first-rounds` rounds in one sitting, which gives the first tables their
+ratios to the network's fastest float32; where a network lies in memory makes it a few percent faster or
+slower for as long as it is open, which these intervals do not contain. Then each answer sits several times
+with both engines' float32 and the three fastest peers, opened anew for each sitting (`speed_turns.py`); the
+last table's ratios are the medians over sittings, with 95 % intervals, and the best peer is the one that the
+answer beats by least.
 
-With `--rows` the rows of a card are kept in a file when it is done, and a second run measures only the cards
-that are missing there.
+With `--rows` the rows of a card are kept in a file when it is done, and a second run with the same options
+measures only the cards that are missing there.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -41,9 +44,11 @@ from fewbit.data.image_set import ImageSet
 from fewbit.errors import EngineError, FewbitError
 from fewbit.load.card import Card, read_card
 from fewbit.measure.accuracy import Predictions
-from fewbit.measure.host import usable_cores
+from fewbit.measure.host import describe_host, usable_cores
+from fewbit.recipe import read_recipe
+from fewbit.search.budget import parse_budget
 from fewbit.search.study import read_study
-from fewbit.search.trial import StudyRecord
+from fewbit.search.trial import DataRecord, StudyRecord
 from speed import keep, read_rows
 from speed_turns import Entrant, Pace, Standing, choose_fastest, hold_sittings, measure_all
 from strategies_field import (
@@ -62,6 +67,8 @@ from strategies_table import Row, answer_row, strategy_row, tables_of
 _SURVEY_BLOCKS = 15
 _FINALISTS = 3
 _WIDTH = 300
+_EXACT = "fewbit float32 on ONNX Runtime"
+_SHAPING = ("budget", "minutes", "recipes", "batches", "sittings", "rounds", "first_rounds", "block", "seed")
 Tell = Callable[[str], None]
 
 
@@ -73,19 +80,49 @@ class Searched(NamedTuple):
     study: StudyRecord
 
 
-def search(card: Card, source: str, budget: str, studies: Path, minutes: float, tell: Tell) -> Searched:
-    """Return a search's study; it runs now where it is not in the folder of studies yet."""
-    slug = re.sub(r"[^a-z0-9._]+", "-", f"{card.network.name}-{budget}".lower()).strip("-")
-    out = studies / slug
+def search(
+    card: Card, source: str, budget: str, data: DataRecord, options: dict[str, Any], tell: Tell
+) -> Searched:
+    """Return a search's study; it runs now where it is not in the folder of studies yet.
+
+    Raises:
+        click.ClickException: It failed, found no network that runs, or what is kept there is another search.
+    """
+    seed = options["seed"]
+    out = options["studies"] / f"{card.network.name}-{slug(budget)}-{seed}"
     if not (out / "best" / "result.json").exists():
         tell(f"searching for {budget}")
-        command = [sys.executable, "-m", "fewbit", "search", source, "--budget", budget]
-        command += ["--data", str(card.expected_data_path), "--minutes", str(minutes)]
+        command = [sys.executable, "-m", "fewbit", "search", source, "--budget", budget, "--seed", str(seed)]
+        command += ["--data", str(card.expected_data_path), "--minutes", str(options["minutes"])]
+        command += ["--batch", ",".join(map(str, options["batches"]))]
         command += ["--resume" if (out / "study.db").exists() else "--out", str(out)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode not in (0, 3):
-            raise click.ClickException(f"{slug}: the search failed: {ended.stderr.strip()[-500:]}")
-    return Searched(budget, out, read_study(out))
+            raise click.ClickException(f"{out}: the search failed: {ended.stderr.strip()[-500:]}")
+    study = read_study(out)
+    if study.answer is None:
+        raise click.ClickException(f"{out}: the search found no network that runs; see {out / 'report.html'}")
+    kept = (study.budgets, study.seed, study.data.images_digest, study.host.cpu)
+    if kept != ((budget,), seed, data.images_digest, describe_host().cpu):
+        raise click.ClickException(
+            f"{out}: is a search for {', '.join(study.budgets)}, seed {study.seed}, on images "
+            f"{study.data.images_digest} and {study.host.cpu}, which is another one; delete it or give "
+            "another folder with --studies"
+        )
+    return Searched(budget, out, study)
+
+
+def slug(budget: str) -> str:
+    """Return a budget as the name of a folder.
+
+    Example:
+        >>> slug("top5-error<=17%"), slug("top1>=0.75")
+        ('top5-error-le-17', 'top1-ge-0.75')
+    """
+    signs = {"<=": "-le-", ">=": "-ge-", "<": "-lt-", ">": "-gt-", " ": "", "%": ""}
+    for sign, name in signs.items():
+        budget = budget.replace(sign, name)
+    return budget.lower()
 
 
 def choose_ways(strategies: Sequence[Strategy], pace: Pace, tell: Tell) -> tuple[list[Standing], int | None]:
@@ -139,26 +176,23 @@ def judge(
         except EngineError as error:
             print(f"{strategy.name}: {error}", file=sys.stderr)
             found.append(None)
-    exact = next(
-        found
-        for strategy, found in zip(strategies, found, strict=True)
-        if strategy.name.startswith("fewbit float32") and found is not None
-    )
+    names = [strategy.name for strategy in strategies]
+    exact = next((f for name, f in zip(names, found, strict=True) if f and name.startswith(_EXACT)), None)
+    if exact is None:
+        raise click.ClickException(
+            "no engine runs the network in float32, so there is nothing to compare with"
+        )
     return found, exact
 
 
 def measure_card(source: str, options: dict[str, Any], pace: Pace, tell: Tell) -> list[Row]:
     """Search, build, judge and time all of one card; return its rows."""
-    card, threads = read_card(source), usable_cores()
-    if card.expected_data_path is None:
-        raise click.UsageError(
-            f"{source}: its [expected] section names no data; add the images to measure on"
-        )
-    budgets, batches, seed = options["budget"], options["batches"], pace.seed
-    searched = [search(card, source, b, options["studies"], options["minutes"], tell) for b in budgets]
+    card, threads, seed = read_card(source), usable_cores(), pace.seed
+    budgets, batches = options["budget"], options["batches"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bench = open_bench(card, budgets[0], folder / "own", seed)
+        bench, data = open_bench(card, budgets[0], folder / "own", seed)
+        searched = [search(card, source, budget, data, options, tell) for budget in budgets]
         answers = [answer_of(one.study, one.folder, f"answer to {one.budget}") for one in searched]
         tell("making files")
         recipes = ["float32", *(r for r in options["recipes"] if r != "float32")]
@@ -166,18 +200,41 @@ def measure_card(source: str, options: dict[str, Any], pace: Pace, tell: Tell) -
         (folder / "peers").mkdir()
         peers = peer_strategies(bench, source, folder / "peers", options["peers"], batches, threads, seed)
         strategies = [*answers, *own, *peers]
+        found, exact = judge(strategies, (bench.images.search, bench.images.holdout), tell)
         chosen, baseline = choose_ways(strategies, pace, tell)
         standings = measure_network(strategies, chosen, baseline, pace, tell)
         rows = []
         for one, standing in zip(searched, standings, strict=False):
-            entrants = [standing.entrant, *opponents(standings)]
             tell(f"sittings of the answer to {one.budget}")
-            sat = hold_sittings(entrants, 0, pace, tell)
+            sat = hold_sittings([standing.entrant, *opponents(standings)], 0, pace, tell)
             rows.append(answer_row(one.budget, one.study, sat, one.study.seconds))
-        found, exact = judge(strategies, (bench.images.search, bench.images.holdout), tell)
-        for strategy, standing, predicted in zip(strategies, standings, found, strict=True):
-            rows.append(strategy_row(strategy.name, standing, predicted, exact, budgets))
-    return [{"network": card.network.name, "source": source, "seed": seed} | row for row in rows]
+    looks = len(strategies)
+    for strategy, standing, predicted in zip(strategies, standings, found, strict=True):
+        by_search = strategy in answers
+        rows.append(strategy_row(strategy.name, standing, predicted, exact, budgets, looks, by_search))
+    return rows
+
+
+def check_inputs(cards: Sequence[str], options: dict[str, Any]) -> None:
+    """Refuse what would fail after the first card is measured, and split the names of recipes.
+
+    Raises:
+        click.UsageError: A card, a budget or a recipe cannot be used.
+    """
+    options["recipes"] = options["recipes"].split(",")
+    try:
+        for recipe in options["recipes"]:
+            read_recipe(recipe)
+        for budget in options["budget"]:
+            if not parse_budget(budget).of_accuracy:
+                raise click.UsageError(f"budget '{budget}': give one of accuracy, such as top5-error<=17%")
+        for source in cards:
+            if read_card(source).expected_data_path is None:
+                raise click.UsageError(
+                    f"{source}: its [expected] section names no data; add the images to use"
+                )
+    except FewbitError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def _absent(strategy: Strategy) -> Entrant:
@@ -204,7 +261,7 @@ def _absent(strategy: Strategy) -> Entrant:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of the tables.")
 def main(cards: tuple[str, ...], rows_path: Path | None, as_json: bool, **options: Any) -> None:
     """Measure every strategy on each card and print the tables."""
-    options["recipes"] = options["recipes"].split(",")
+    check_inputs(cards, options)
     pace = Pace(
         sittings=options["sittings"],
         rounds=options["rounds"],
@@ -213,20 +270,24 @@ def main(cards: tuple[str, ...], rows_path: Path | None, as_json: bool, **option
         survey_s=_SURVEY_BLOCKS * options["block"],
         seed=options["seed"],
     )
-    rows = read_rows(rows_path)
+    asked = json.dumps({name: options[name] for name in _SHAPING})
+    kept = [row for row in read_rows(rows_path) if row["asked"] == asked]
+    rows = list[Row]()
     for source in cards:
-        if any(row["source"] == source and row["seed"] == pace.seed for row in rows):
-            continue
+        found = [row for row in kept if row["source"] == source]
+        if not found or len(found) < found[0]["of"]:  # the file was cut off
 
-        def tell(doing: str, name: str = Path(source).stem) -> None:
-            print(f"{name}: {doing}", file=sys.stderr, flush=True)
+            def tell(doing: str, name: str = Path(source).stem) -> None:
+                print(f"{name}: {doing}", file=sys.stderr, flush=True)
 
-        try:
-            found = measure_card(source, options, pace, tell)
-        except FewbitError as error:
-            raise click.UsageError(str(error)) from error
+            try:
+                found = measure_card(source, options, pace, tell)
+            except FewbitError as error:
+                raise click.UsageError(str(error)) from error
+            common = {"network": read_card(source).network.name, "source": source, "asked": asked}
+            found = [common | {"of": len(found)} | row for row in found]
+            keep(found, rows_path)
         rows += found
-        keep(found, rows_path)
     if as_json:
         print(json.dumps(rows, indent=1))
         return

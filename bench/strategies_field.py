@@ -23,11 +23,11 @@ from fewbit.search.evaluate import evaluate
 from fewbit.search.gather import gather
 from fewbit.search.options import StudyOptions
 from fewbit.search.settings import EVALUATION_BATCH, evaluation
-from fewbit.search.trial import StudyRecord
+from fewbit.search.trial import DataRecord, StudyRecord
 from fewbit.search.workbench import Workbench
 from speed import describe
 from speed_networks import Network
-from speed_peers import PeerFiles, peer_entrants
+from speed_peers import COMPILED, PeerFiles, peer_entrants
 from speed_process import EngineTimed
 from speed_turns import Entrant, Form, Opened
 
@@ -68,8 +68,8 @@ class Strategy:
     failed: str = ""
 
 
-def open_bench(card: Card, budget: str, folder: Path, seed: int) -> Workbench:
-    """Load a network with its images, split as `fewbit search` splits them.
+def open_bench(card: Card, budget: str, folder: Path, seed: int) -> tuple[Workbench, DataRecord]:
+    """Load a network with its images, split as `fewbit search` splits them; say what the images are.
 
     Raises:
         FewbitError: The card or its images cannot be used.
@@ -80,22 +80,27 @@ def open_bench(card: Card, budget: str, folder: Path, seed: int) -> Workbench:
     )
     engines: tuple[EngineName, ...] = ("onnxruntime", "openvino")
     saturating = [engine for engine in engines if not sums_exactly(engine)]
-    (bench,), _ = gather(options, lambda _, __: None, saturating)
-    return bench
+    (bench,), record = gather(options, lambda _, __: None, saturating)
+    return bench, record
 
 
 def answer_of(study: StudyRecord, folder: Path, name: str) -> Strategy:
     """Return what a search found, run as it says; with the nearest where nothing is inside the budget."""
     assert study.answer is not None
     setting, path = study.answer.timing.setting, folder / "best" / "model.onnx"
-    entrant = Entrant(name, describe(setting), "int8", True, partial(_open, path, setting))
-    return Strategy(name, "int8", (entrant,), path, _judged(setting.engine, setting.float_precision, setting))
+    trial = next(trial for trial in study.trials if trial.key == study.answer.key)
+    form: Form = setting.float_precision if trial.recipe.startswith(("float32", "bf16")) else "int8"
+    entrant = Entrant(name, describe(setting), form, True, partial(_open, path, setting))
+    return Strategy(name, form, (entrant,), path, _judged(setting.engine, setting.float_precision, setting))
 
 
 def own_strategies(
     bench: Workbench, recipes: Sequence[str], settings: Sequence[Setting]
 ) -> Iterator[Strategy]:
-    """Yield fewbit's recipes on every engine, OpenVINO's float32 in bf16 too where the host has it."""
+    """Yield fewbit's recipes on every engine.
+
+    Where the host has bf16, OpenVINO computes what is left in float with it, and float32 both ways.
+    """
     wide: FloatPrecision = "bf16" if describe_host().bf16 else "float32"
     for name in recipes:
         kinds: list[tuple[EngineName, FloatPrecision]] = [("onnxruntime", "float32"), ("openvino", wide)]
@@ -130,7 +135,7 @@ def _own(
 def peer_strategies(
     bench: Workbench, source: str, folder: Path, python: str, batches: Sequence[int], threads: int, seed: int
 ) -> Iterator[Strategy]:
-    """Yield the peers of `speed.py`, calibrated on the images that calibrate the searches."""
+    """Yield the peers of `speed.py` that are files, calibrated on the images that calibrate the searches."""
     few = bench.images.calibration.subset(np.arange(min(_CALIBRATING, len(bench.images.calibration))))
     images = np.concatenate([batch.astype(np.float32) for batch in few.batches(EVALUATION_BATCH)])
     files = PeerFiles(Network(bench.name, source, bench.net, images), folder, python, usable_cores(), seed)
@@ -142,7 +147,7 @@ def peer_strategies(
     makers = {"onnxruntime int8": files.onnxruntime, "nncf int8": files.nncf}
     host_precision: FloatPrecision = "bf16" if describe_host().bf16 else "float32"
     for name in dict.fromkeys(entrant.name for entrant in entrants):
-        if name.startswith("torch.compile"):
+        if name in COMPILED:
             continue
         ways = tuple(entrant for entrant in entrants if entrant.name == name)
         engine: EngineName = "onnxruntime" if name.startswith("onnxruntime") else "openvino"

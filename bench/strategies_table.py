@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fewbit.measure.accuracy import Predictions, compare
+from fewbit.measure.host import describe_host
 from fewbit.measure.intervals import Interval
 from fewbit.search.budget import Measured, parse_budget
 from fewbit.search.trial import StudyRecord
@@ -20,7 +21,13 @@ Row = dict[str, Any]
 
 
 def strategy_row(
-    name: str, standing: Standing, found: Predictions | None, exact: Predictions, budgets: Sequence[str]
+    name: str,
+    standing: Standing,
+    found: Predictions | None,
+    exact: Predictions,
+    budgets: Sequence[str],
+    looks: int,
+    chosen: bool = False,
 ) -> Row:
     """Return the row of one strategy.
 
@@ -29,7 +36,9 @@ def strategy_row(
         standing: Its speed, with the ratio to the fastest float32; or why it failed.
         found: What it predicts; none where it failed.
         exact: What float32 predicts of the same images.
-        budgets: Each is held against its figures.
+        budgets: Of accuracy; each is held against its figures.
+        looks: How many strategies are held against these images; what is proven is so for all of them.
+        chosen: It was chosen on some of these images, so they prove nothing of it.
     """
     row: Row = {"strategy": name, "how": standing.entrant.how, "form": standing.entrant.form}
     if (timing := standing.timing) is not None:
@@ -51,9 +60,9 @@ def strategy_row(
     }
     measured, checks = Measured(accuracy, versus), {}
     for text in budgets:
-        check = parse_budget(text).check(measured)
-        assert check is not None
-        checks[text] = "proven" if check.proven else "met" if check.met else "missed"
+        check = parse_budget(text).check(measured, looks=looks)
+        assert check is not None  # budgets of accuracy, which was measured
+        checks[text] = "missed" if not check.met else "proven" if check.proven and not chosen else "met"
     return row | {"budgets": checks}
 
 
@@ -78,11 +87,14 @@ def answer_row(budget: str, study: StudyRecord, standings: Sequence[Standing], s
         "how": answer.entrant.how,
         "seconds": seconds,
         "trials": len(study.trials),
+        "host": describe_host().cpu,
+        "versions": study.versions,
         "holdout_images": held.accuracy.total,
         "holdout": [check.model_dump() for check in held.checks],
     }
     if answer.timing is not None:
         row |= {"images_per_s": answer.timing.images_per_s, "interval95": _ends(answer.timing.interval)}
+        row |= {"rounds": answer.timing.rounds}
     row["over"] = {
         other.entrant.name: {
             "how": other.entrant.how,
@@ -105,9 +117,11 @@ def tables_of(rows: Sequence[Row]) -> list[Table]:
 def _strategies(rows: Sequence[Row]) -> Table:
     images = max((row["images"] for row in rows if "images" in row), default=0)
     budgets = list(dict.fromkeys(text for row in rows for text in row.get("budgets", ())))
+    rounds = max((row["rounds"] for row in rows if "rounds" in row), default=0)
     name = rows[0]["network"] if rows else ""
     table = Table(
-        *(f"{name}, {images:,} images", "run as", "images/s, 95 %", "to the fastest float32, 95 %"),
+        *(f"{name}, {images:,} images", "run as", f"images/s, 95 % within a sitting of {rounds} rounds"),
+        "to the fastest float32, 95 %",
         *("top-5 error %, 95 %", "top-1 drop, points, 95 %", *budgets),
         box=box.MARKDOWN,
     )
@@ -124,7 +138,7 @@ def _strategies(rows: Sequence[Row]) -> Table:
             else "",
             _cell(row["top5_error"], row["top5_error_interval95"], 100, ".1f"),
             _cell(row["top1_drop"], row["top1_drop_interval95"], 100, ".1f"),
-            *(row["budgets"][text] for text in budgets),
+            *(row["budgets"].get(text, "") for text in budgets),
         )
     return table
 

@@ -35,7 +35,7 @@ _ISA: dict[str, tuple[str, ...]] = {
 }
 _X86 = ("x86_64", "amd64", "i386", "i686")
 _NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
-_LIMITS_WITH_BF16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
+_LIMITS_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 _VNNI = {"avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8"}
 _PACKAGES = (
     "fewbit",
@@ -95,7 +95,7 @@ def describe_host() -> Host:
         os=f"{platform.system()} {platform.release()}",
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         governor=_text(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
-        bf16=bool(_NATIVE_BF16.intersection(isa)) and any(part in _limit() for part in _LIMITS_WITH_BF16),
+        bf16=bool(_NATIVE_BF16.intersection(isa)) and not forbids_bf16(),
         saturates_u8s8=machine in _X86 and not _VNNI.intersection(isa),
     )
 
@@ -111,15 +111,21 @@ def rounding_of(engine: EngineName, host: Host) -> Rounding:
     """
     if engine == "reference":
         return "exact"
-    allowed = _limit() in ("ALL", "DEFAULT") or "AMX" in _limit()
+    allowed = onednn_limit() in ("ALL", "DEFAULT") or "AMX" in onednn_limit()
     if engine == "openvino" and allowed and {"amx_int8", "amx_bf16"} <= set(host.isa):
         return "openvino_amx"
     return engine
 
 
-def _limit() -> str:
-    """Return what oneDNN, and with it OpenVINO, is told to take the processor for."""
-    return os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+def onednn_limit() -> str:
+    """Return what oneDNN, and with it OpenVINO, is told to take the processor for; "ALL" for no limit."""
+    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+    return next(filter(None, (os.environ.get(name, "") for name in names)), "ALL").upper()
+
+
+def forbids_bf16() -> bool:
+    """Tell whether `onednn_limit` is a processor without bfloat16."""
+    return onednn_limit() in _LIMITS_WITHOUT_BF16
 
 
 def sums_exactly(engine: EngineName) -> bool:

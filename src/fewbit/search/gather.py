@@ -16,7 +16,7 @@ from fewbit.errors import DataError
 from fewbit.load.capture import load
 from fewbit.load.card import Card, ExpectedSection
 from fewbit.measure.accuracy import Accuracy
-from fewbit.measure.host import Host
+from fewbit.measure.host import Host, onednn_limit
 from fewbit.net import Net
 from fewbit.search.journal import Part
 from fewbit.search.options import StudyOptions
@@ -95,6 +95,8 @@ def identity(
         "holdout fraction": str(options.holdout_fraction),
     }
     found |= {name: versions[name] for name in ("torch", "onnxruntime", "openvino") if name in versions}
+    if onednn_limit() != "ALL":
+        found["limit of oneDNN"] = onednn_limit()
     if benches[0].saturating:
         found["engines with saturating sums"] = ",".join(sorted(benches[0].saturating))
     for bench in benches:

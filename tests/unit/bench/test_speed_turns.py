@@ -193,6 +193,7 @@ def test_the_fastest_way_is_found_and_a_failing_one_is_passed_over(entered: Fiel
     entered.add("slow", Made(50))
     entered.add("fast", Made(100))
     entered.add("dies", Made(500, fails_after=1))
+    entered.add("dies late", Made(500, fails_after=6))
     best, images_per_s = choose_fastest(entered.entrants, 0.2, 0)
     assert best.entrant.name == "fast" and images_per_s == pytest.approx(100) and not best.failed
     assert all(made.closed == made.opened for made in entered.made.values())

@@ -12,12 +12,19 @@ from fewbit.measure import host
 from fewbit.measure.host import (
     Host,
     describe_host,
+    forbids_bf16,
     read_cpuinfo,
     rounding_of,
     usable_cores,
     usable_memory,
     versions,
 )
+
+
+@pytest.fixture(autouse=True)
+def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_this_host() -> None:
@@ -77,7 +84,6 @@ def test_the_reference_rounds_as_the_engine_does_on_the_host(
     limit: str | None,
     wanted: Rounding,
 ) -> None:
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert rounding_of(engine, Host(cpu="", isa=isa, cores=1, memory_bytes=1, os="")) == wanted
@@ -85,16 +91,28 @@ def test_the_reference_rounds_as_the_engine_does_on_the_host(
 
 @pytest.mark.parametrize(
     ("limit", "wanted"),
-    [(None, True), ("ALL", True), ("avx512_core_bf16", True), ("AVX512_CORE_AMX", True), ("AVX2", False)],
+    [
+        (None, True),
+        ("", True),
+        ("ALL", True),
+        ("no such name", True),
+        ("avx512_core_bf16", True),
+        ("AVX512_CORE_AMX", True),
+        ("avx2", False),
+        ("AVX512_CORE_VNNI", False),
+    ],
 )
 def test_bf16_is_not_native_where_onednn_is_to_do_without(
     monkeypatch: pytest.MonkeyPatch, limit: str | None, wanted: bool
 ) -> None:
     monkeypatch.setattr(host, "_processor", lambda: ("made", frozenset({"avx512_bf16"})))
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert describe_host().bf16 is wanted
+    assert describe_host().bf16 is wanted and forbids_bf16() is not wanted
+    if limit:
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+        monkeypatch.setenv("DNNL_MAX_CPU_ISA", limit)
+        assert describe_host().bf16 is wanted
     monkeypatch.setattr(host, "_processor", lambda: ("made", frozenset({"avx2"})))
     assert not describe_host().bf16
 
