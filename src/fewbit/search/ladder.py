@@ -90,9 +90,12 @@ def bf16(view: Standing, _: Aids) -> Proposal | None:
 
 
 def int8(view: Standing, _: Aids) -> Proposal | None:
-    """Plain int8 on every engine that may give the answer; the most promising network first."""
+    """Plain int8 on every engine that may give the answer; the most promising network first.
+
+    Where bfloat16 was measured and holds the budgets, what stays in float is computed in it.
+    """
     pair = _next_plain(view)
-    return None if pair is None else _int8_proposal("int8", pair, PLAIN)
+    return None if pair is None else _int8_proposal(view, "int8", pair, PLAIN)
 
 
 def _next_plain(view: Standing) -> Pair | None:
@@ -134,7 +137,7 @@ def _more_accurate(view: Standing, rung: str, recipes: Sequence[str]) -> Proposa
         if any(view.proven(t) for t in view.int8_trials(pair)):
             continue
         for name in recipes:
-            proposal = _int8_proposal(rung, pair, name)
+            proposal = _int8_proposal(view, rung, pair, name)
             if not view.has(proposal.network, proposal.engine, proposal.recipe):
                 return proposal
     return None
@@ -147,7 +150,7 @@ def weights_only(view: Standing, _: Aids) -> Proposal | None:
     return _first_new(
         view,
         (
-            _int8_proposal("weights-only", p, WEIGHTS_ONLY)
+            _int8_proposal(view, "weights-only", p, WEIGHTS_ONLY)
             for p in _climbing(view)
             if not any(view.meets(t) for t in view.int8_trials(p))
         ),
@@ -412,8 +415,16 @@ RUNGS: tuple[Rung, ...] = (
 )
 
 
-def _int8_proposal(rung: str, pair: Pair, name: str) -> Proposal:
-    return Proposal(rung=rung, network=pair.network, engine=pair.engine, recipe=name, base=name)
+def _int8_proposal(view: Standing, rung: str, pair: Pair, name: str) -> Proposal:
+    """Propose a recipe; what it leaves in float (response norms and the like) is in bf16 where that holds."""
+    return Proposal(
+        rung=rung,
+        network=pair.network,
+        engine=pair.engine,
+        recipe=name,
+        base=name,
+        float_precision=_precision_of(view, pair),
+    )
 
 
 def _first_new(view: Standing, proposals: Iterator[Proposal]) -> Proposal | None:

@@ -266,6 +266,16 @@ def test_float_layers_are_not_in_bf16_where_that_misses_the_budget(errors: int) 
     assert history[-1].setting.float_precision == ("bf16" if errors == 600 else "float32")
 
 
+@pytest.mark.parametrize(("errors", "wanted"), [(600, "bf16"), (900, "float32")])
+def test_what_int8_leaves_in_float_runs_in_bf16_where_that_holds(errors: int, wanted: str) -> None:
+    def answer(p: Proposal) -> Trial:
+        return trial(p, errors if p.recipe == "bf16" else 600, 100.0)
+
+    history = climb(terms("top1-drop<=1%", bf16=("openvino",)), answer)
+    precisions = {(t.setting.engine, t.setting.float_precision) for t in history if t.recipe == "int8"}
+    assert precisions == {("onnxruntime", "float32"), ("openvino", wanted)}
+
+
 def test_float_layers_run_in_bf16_where_native() -> None:
     def answer(p: Proposal) -> Trial:
         if p.recipe in ("float32", "bf16"):
