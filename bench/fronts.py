@@ -251,10 +251,9 @@ class Judged:
     def ratios(self) -> Floats:
         """Return how many times as fast each choice is as each other (sittings, choices, choices).
 
-        Medians over the rounds of a sitting; a single sitting's rounds stand for sittings.
+        Medians over the rounds of a sitting.
         """
-        ratios = self.rates[..., :, None] / self.rates[..., None, :]
-        return np.asarray(np.median(ratios, 1) if len(ratios) > 1 else ratios[0])
+        return np.asarray(np.median(self.rates[..., :, None] / self.rates[..., None, :], 1))
 
     def beats(self, surely: bool) -> NDArray[np.bool_]:
         """Return whether each choice (row) is faster and loses less than each other (column)."""
@@ -273,8 +272,7 @@ class Judged:
         Each sitting has its own speeds, and a draw of the images with replacement, so that what differs
         between sittings is what chance there is in both. The corner is that of all sittings and images.
         """
-        share = self.rates / self.rates.mean(-1, keepdims=True)
-        taken = np.median(share, 1) if len(share) > 1 else share[0]
+        taken = np.median(self.rates / self.rates.mean(-1, keepdims=True), 1)
         speed, loss = np.median(taken, 0), self.kl.mean(1)
         corner = speed.min() - _BEYOND * np.ptp(speed), loss.max() + _BEYOND * np.ptp(loss)
         found = []
@@ -477,7 +475,9 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
     show_default=True,
     help="Choices that each hands over at most.",
 )
-@click.option("--sittings", type=COUNT, default=8, show_default=True, help="In which all files are judged.")
+@click.option(
+    "--sittings", type=click.IntRange(6), default=8, show_default=True, help="In which all files are judged."
+)
 @click.option(
     "--rounds", type=COUNT, default=5, show_default=True, help="Turns that each file takes in a sitting."
 )
