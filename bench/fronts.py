@@ -8,10 +8,10 @@ over at most `--points` choices:
 
 - "tables" are what fewbit searches with: the times of regions by the engine's profiler, the KL divergence of
   each region in integers, and the times of mixes, as many as the seconds allow, to correct the times with:
-  random ones, then those on the solver's front. `integer_program` (that front), `greedy`, `evolve` and
-  `differentiable` (each at evenly spaced limits of time) choose by the same tables, whose seconds are each
-  one's measuring time. "uncorrected" is the solver on the profiler's times. "by sensitivity" leaves the
-  regions in float that lose most, whatever they cost.
+  all integers and all float, 16 random ones, then those on the solver's front. `integer_program` (that
+  front), `greedy`, `evolve` and `differentiable` (each at evenly spaced limits of time) choose by the same
+  tables, whose seconds are each one's measuring time. "uncorrected" is the solver on the profiler's times.
+  "by sensitivity" leaves the regions in float that lose most, whatever they cost.
 - "evolve, measured" knows no table: each of its choices is a calibrated file that is timed in turns with the
   all-integer one and whose answers' KL divergence from float32 is taken on the images that the tables'
   sensitivities are from. It is multi-objective (NSGA-II), crossover 0.5, each gene flipped at 0.1 (2 genes
@@ -45,7 +45,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
 import fewbit
 from fewbit.cli.options import COUNT
@@ -66,9 +65,9 @@ from fewbit.search.mixed_precision import FLOAT, problem_of, refine, region_loss
 from fewbit.search.region_probe import RegionProbe
 from fewbit.sensitivity.kl import kl_divergence
 from fewbit.step import Context
+from fronts_table import SOLVER, show
 from speed_networks import Network, open_network
 
-SOLVER = "integer_program"
 Choice = tuple[bool, ...]
 Floats = NDArray[np.float64]
 _AT_ONCE, _ROUNDS, _BLOCK_S, _CALLS = 6, 8, 0.1, 4
@@ -419,46 +418,6 @@ def _describe(
         }
         for place, choice in enumerate(every)
     ]
-
-
-def dominates(row: Mapping[str, Any]) -> bool:
-    """Say whether a row surely reaches a larger volume than the solver's front, or beats all of it."""
-    return bool(row["row"] != SOLVER and (row["more_volume_interval95"][0] > 0 or row["beats_all"]))
-
-
-def show(console: Console, found: Mapping[str, Any]) -> None:
-    """Print the table of one network, and whether the solver's front is beaten."""
-    how = found["setting"]
-    title = (
-        f"{found['network']}, {how['engine']} int8 and {how['float_precision']}, batch {how['batch']}: "
-        f"{found['judged']} files, {found['sittings']} sittings of {found['rounds']} rounds, "
-        f"{found['images']} images"
-    )
-    heads = ("row", "points", "measuring s", "solving s", "beats the solver's", "beaten by")
-    table = Table(*heads, "volume %, 95 %", "more than the solver's, 95 %", title=title)
-    for row in found["rows"]:
-        low, high = row["volume_interval95"]
-        own = row["row"] == SOLVER
-        table.add_row(
-            row["row"],
-            str(row["points"]),
-            f"{row['measuring_s']:.0f}",
-            f"{row['solving_s']:.2f}",
-            "" if own else f"{row['beats_solver']} ({row['beats_solver_by_medians']} by medians)",
-            "" if own else f"{row['beaten_by_solver']} ({row['beaten_by_solver_by_medians']} by medians)",
-            f"{100 * row['volume']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
-            ""
-            if own
-            else "{:.1f} [{:.1f}, {:.1f}]".format(
-                *(100 * part for part in (row["more_volume"], *row["more_volume_interval95"]))
-            ),
-        )
-    console.print(table)
-    beaten = [row["row"] for row in found["rows"] if dominates(row)]
-    told = f"dominated by {', '.join(beaten)}" if beaten else "dominated by none"
-    most = max((row["beats_solver"] for row in found["rows"]), default=0)
-    points = next(row["points"] for row in found["rows"] if row["row"] == SOLVER)
-    console.print(f"the solver's front: {told}; at most {most} of its {points} choices are surely beaten\n")
 
 
 @click.command(help=__doc__)

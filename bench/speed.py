@@ -57,7 +57,6 @@ from speed_table import Row, lines_of, rows_of, tables_of
 from speed_turns import Entrant, Opened, Pace, measure_case
 
 _PROFILE_S, _PROFILE_CALLS = 4.0, (3, 20)
-_SURVEY_BLOCKS = 15
 _WIDTH = 400
 
 
@@ -209,14 +208,7 @@ def main(
     sources = networks or ZOO
     if set(sources) & set(ZOO):
         import_torchvision()
-    pace = Pace(
-        sittings=options["sittings"],
-        rounds=options["rounds"],
-        first_rounds=options["first_rounds"],
-        block_s=options["block"],
-        survey_s=_SURVEY_BLOCKS * options["block"],
-        seed=options["seed"],
-    )
+    pace = Pace.of_options(options)
     rows = read_rows(rows_path)
     machine = machine_row(rows, rows_path)
     found = [row for row in rows if "peak_gops" not in row]

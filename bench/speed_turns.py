@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fewbit.engines.session import BlockTime, Setting
 from fewbit.errors import EngineError
@@ -34,6 +34,7 @@ _NEAR = 1.15
 _FINALISTS = 3
 _CANDIDATES = 3
 _SURVEY_CALLS = 6
+_SURVEY_BLOCKS = 15
 
 
 class Opened(Timed, Protocol):
@@ -83,6 +84,18 @@ class Pace(Frozen):
     block_s: float = 0.2
     survey_s: float = 3.0
     seed: int = 0
+
+    @classmethod
+    def of_options(cls, options: Mapping[str, Any]) -> Pace:
+        """Return the pace that a command's options ask for."""
+        return cls(
+            sittings=options["sittings"],
+            rounds=options["rounds"],
+            first_rounds=options["first_rounds"],
+            block_s=options["block"],
+            survey_s=_SURVEY_BLOCKS * options["block"],
+            seed=options["seed"],
+        )
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,6 @@ from strategies_field import (
 )
 from strategies_table import Row, answer_row, strategy_row, tables_of
 
-_SURVEY_BLOCKS = 15
 _FINALISTS = 3
 _WIDTH = 300
 _EXACT = "fewbit float32 on ONNX Runtime"
@@ -262,14 +261,7 @@ def _absent(strategy: Strategy) -> Entrant:
 def main(cards: tuple[str, ...], rows_path: Path | None, as_json: bool, **options: Any) -> None:
     """Measure every strategy on each card and print the tables."""
     check_inputs(cards, options)
-    pace = Pace(
-        sittings=options["sittings"],
-        rounds=options["rounds"],
-        first_rounds=options["first_rounds"],
-        block_s=options["block"],
-        survey_s=_SURVEY_BLOCKS * options["block"],
-        seed=options["seed"],
-    )
+    pace = Pace.of_options(options)
     asked = json.dumps({name: options[name] for name in _SHAPING})
     kept = [row for row in read_rows(rows_path) if row["asked"] == asked]
     rows = list[Row]()

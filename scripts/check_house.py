@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("src", "bench", "scripts", "tests")
 MAX_FILE, MAX_FUNCTION, MAX_PUBLIC = 500, 60, 30
 FRAGMENT = re.compile(r"^[a-z0-9-]+\.(added|changed|fixed|removed)\.md$")
 BANNED_WORDS = ("Manager", "Utils", "Helper", "Base", "Impl")
@@ -30,7 +31,7 @@ def long_functions(path: Path, tree: ast.Module) -> list[str]:
 def main() -> int:
     """Print every fault; return how the process ends."""
     faults = []
-    for path in sorted((ROOT / "src").rglob("*.py")):
+    for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         lines = text.count("\n")
         if lines > MAX_FILE:

@@ -14,7 +14,8 @@ from fewbit.data.demo import demo_cards
 from fewbit.measure.region_latency import RegionLatency
 from fewbit.registry import ROWS
 from fewbit.search.mixed_precision import problem_of
-from fronts import SOLVER, Judged, _children, by_sensitivity, by_tables, compare, dominates, volume
+from fronts import Judged, _children, by_sensitivity, by_tables, compare, volume
+from fronts_table import SOLVER, dominates
 
 A, B, C, D = ((bool(i & 2), bool(i & 1)) for i in range(4))
 
