@@ -90,12 +90,13 @@ def parts_of(exported: ExportedGraph) -> Parts:
     """Return what the operators of an exported file are."""
     matrices: dict[str, Matrix] = {}
     for name, node in exported.nodes.items():
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        if exported.is_matrix(name):
             weight = exported.shape(node.input[1])
             group = next((a.i for a in node.attribute if a.name == "group"), 1)
             kernel = weight[2:] if node.op_type.startswith("Conv") else ()
             matrices[name] = Matrix(kernel, group, weight[0] if weight else 0, not matrices)
-    return Parts({name: node.op_type for name, node in exported.nodes.items()}, matrices)
+    kinds = {n: "LRN" if exported.is_norm(n) else node.op_type for n, node in exported.nodes.items()}
+    return Parts(kinds, matrices)
 
 
 def cause_of(operator: OperatorTime, parts: Parts, started: bool) -> str:
@@ -110,6 +111,8 @@ def cause_of(operator: OperatorTime, parts: Parts, started: bool) -> str:
         if layer in parts.matrices:
             return _cause_of_matrix(parts.matrices[layer])
     kinds = {parts.kinds.get(layer, "") for layer in operator.layers}
+    if kinds == {"LRN"}:
+        return "rest"
     for cause, members in _OF_NODES.items():
         if kinds & members:
             return cause

@@ -14,6 +14,7 @@ from onnx import NodeProto, numpy_helper
 
 from fewbit.engines.session import CONVERTING
 from fewbit.errors import EngineError
+from fewbit.load.response_norms import norm_of
 
 MATRIX = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _INTEGER_MATRIX = frozenset({"ConvInteger", "MatMulInteger"})
@@ -43,6 +44,19 @@ class ExportedGraph:
             for value in node.input:
                 self._readers.setdefault(value, []).append(name)
         self._results = {value.name for value in graph.output}
+        self._norms = {name for name, node in self.nodes.items() if norm_of(node)}
+
+    def is_matrix(self, name: str) -> bool:
+        """Say whether a node is a convolution or matrix product of the network's weights."""
+        return self.nodes[name].op_type in MATRIX and name not in self._norms
+
+    def is_norm(self, name: str) -> bool:
+        """Say whether a node is a part of a response normalization."""
+        return name in self._norms or self.nodes[name].op_type == "LRN"
+
+    def all_norm(self, names: Sequence[str]) -> bool:
+        """Say whether an engine's operator, of these nodes, does nothing but normalize responses."""
+        return bool(names) and all(map(self.is_norm, names))
 
     def maker(self, value: str) -> str | None:
         """Return the node that makes a value, none for an input or a constant."""
@@ -135,6 +149,8 @@ class ExportedGraph:
         node = self.nodes[name]
         if node.op_type in _INTEGER_MATRIX:
             return f"the engine has no integer kernel for {node.op_type}"
+        if self.is_norm(name):
+            return "engines normalize responses in float"
         if node.op_type not in MATRIX:
             return self._why_other_float(node)
         values, weights = self.is_quantized(node.input[0]), self.is_quantized(node.input[1])

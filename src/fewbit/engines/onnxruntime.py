@@ -148,7 +148,7 @@ class OnnxRuntimeSession:
                     layers=layers,
                     kind=node.op_type,
                     precision=precision,
-                    matrix=node.op_type in _MATRIX,
+                    matrix=node.op_type in _MATRIX and not exported.all_norm(layers),
                     why=next((reason for reason in reasons if reason), ""),
                 )
             )

@@ -209,7 +209,7 @@ def _taken(warm: Sequence[Any], whole: Sequence[Any], calls: int) -> Iterator[Ta
 def _operator(
     name: str, told: dict[str, str], layers: tuple[str, ...], exported: Any, tokens: list[str]
 ) -> PlacedOperator:
-    kind, matrix = told["layerType"], told["layerType"] in _MATRIX
+    kind, matrix = told["layerType"], told["layerType"] in _MATRIX and not exported.all_norm(layers)
     precision = _PRECISIONS.get(told["runtimePrecision"], told["runtimePrecision"])
     if not layers and not matrix:
         kind = exported.only_quantizes(tokens) or kind

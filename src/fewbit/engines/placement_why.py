@@ -50,9 +50,11 @@ def why_float(graph: RunGraph, names: tuple[str, ...], engine: EngineName) -> Re
         engine: Which engine runs it.
     """
     nodes = graph.exported.nodes
-    matrix = next((name for name in names if nodes[name].op_type in MATRIX), None)
+    matrix = next((name for name in names if graph.exported.is_matrix(name)), None)
     if matrix is not None:
         return _why_matrix(graph, matrix, engine)
+    if any(map(graph.exported.is_norm, names)):
+        return Reason("engines normalize responses in float", f"{_LEAVE}, or {_BF16}")
     if not names:
         return Reason("the engine made it itself; the file has no such operator", _LEAVE)
     lacking = [n for n in names if not _has_kernel(nodes[n].op_type, engine)]
@@ -166,7 +168,7 @@ def why_legacy(graph: RunGraph, place: int) -> Reason:
         return Reason(f"OpenVINO runs this {operator.kind} with its reference kernel {kernel}", _LEAVE)
     made = operator.flow.makes
     reads = {graph.operators[source].flow.makes for source in graph.sources(place)}
-    matrix = next((n for n in graph.layers[place] if exported.nodes[n].op_type in MATRIX), None)
+    matrix = next((n for n in graph.layers[place] if exported.is_matrix(n)), None)
     if matrix is None:
         return Reason(f"OpenVINO took the kernel {kernel}", _LEAVE)
     weight = exported.shape(exported.nodes[matrix].input[1])

@@ -18,6 +18,7 @@ from fewbit.engines.session import Rounding
 _INPUTS = {"Conv": 3, "Gemm": 3, "MatMul": 2, "Add": 2, "Mul": 2, "GlobalAveragePool": 1}
 _WITH_WEIGHTS = ("Conv", "Gemm", "MatMul")
 _EIGHT_BIT = (np.uint8, np.int8)
+_NORMS = ("LRN", "LRN by roots")
 
 Found = tuple[Node, set[str]] | None  # the new node, and the values that vanish in it
 
@@ -117,8 +118,8 @@ def _read_on(name: str, graph: Graph) -> bool:
 
 def _onnxruntime(node: Node, uses: _Uses) -> Found:
     """QLinearConv and the like: one operator with its QuantizeLinear, ReLU and Clip between being a clamp."""
-    if node.kind == "LRN":
-        return replace(node, kind="onnxruntime.LRN"), set()
+    if node.kind in _NORMS:
+        return replace(node, kind=f"onnxruntime.{node.kind}"), set()
     if node.kind == "Gemm" and _runs_on_codes(node, uses):  # where a QuantizeLinear follows, that takes it in
         return replace(node, kind="onnxruntime.GemmToFloat"), set()
     if node.kind != "QuantizeLinear" or not uses.eight_bit(node):
@@ -134,12 +135,13 @@ def _openvino(node: Node, uses: _Uses) -> Found:
     """A Conv with its FakeQuantize, and the sum of a Conv and a tensor of codes."""
     if node.kind in ("Conv", "Gemm") and _runs_on_codes(node, uses):
         return replace(node, kind=f"openvino.{node.kind}ToFloat"), set()
-    if node.kind == "LRN" and (node.integer("size", 0), node.number("beta", 0.75)) == (5, 0.75):
-        return replace(node, kind="openvino.LRN"), set()
+    of_five = (node.integer("size", 0), node.number("beta", 0.75)) == (5, 0.75)
+    if node.kind == "LRN by roots" or (node.kind == "LRN" and of_five):
+        return replace(node, kind=f"openvino.{node.kind}"), set()
     if node.kind != "QuantizeLinear" or not uses.eight_bit(node):
         return None
     maker, bounds, swallowed = _before_activations(node, uses)
-    if maker is None or maker.kind == "LRN":
+    if maker is None or maker.kind in _NORMS:
         free = {"low": -np.inf, "high": np.inf}
         return replace(node, kind="openvino.QuantizeLinear", attributes=node.attributes | free), set()
     if maker.kind in ("Conv", "GlobalAveragePool") and _runs_on_codes(maker, uses):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fewbit import numerics
 from fewbit.errors import EngineError
+from fewbit.load.response_norms import merge_norms
 from fewbit.spec import PASSES, ImageInput
 
 Array = NDArray[Any]
@@ -187,6 +188,7 @@ def read_graph(path: Path, passes: bool = True) -> Graph:
             f"{path}: has opset {opset}; the reference interpreter reads {OLDEST_OPSET} to {NEWEST_OPSET}"
         )
     graph = model.graph
+    norms = merge_norms(graph)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     inputs = [entry for entry in graph.input if entry.name not in constants]
     if len(inputs) != 1 or not graph.output:
@@ -200,6 +202,7 @@ def read_graph(path: Path, passes: bool = True) -> Graph:
         nodes = _read_nodes(graph.node, opset, constants)
     else:
         nodes = [_read_node(proto, index, opset) for index, proto in enumerate(graph.node)]
+    nodes = [replace(n, kind="LRN by roots") if n.outputs[0] in norms else n for n in nodes]
     pixels = inputs[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     takes: ImageInput = "uint8" if pixels else "float32"
     return Graph(path.name, tuple(nodes), constants, inputs[0].name, shape, graph.output[0].name, takes)

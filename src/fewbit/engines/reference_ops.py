@@ -462,6 +462,7 @@ OPERATORS: dict[str, Operator] = {
     "BatchNormalization": on_floats(batch_normalization),
     "LayerNormalization": on_floats(layer_normalization),
     "LRN": on_floats(lrn),
+    "LRN by roots": on_floats(lrn),
     "Cast": on_floats(cast),
     # Shapes and truths.
     "Shape": shape,

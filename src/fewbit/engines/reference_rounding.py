@@ -292,6 +292,23 @@ def openvino_lrn(node: Node, arguments: Given) -> Floats:
     return np.asarray(x / np.sqrt(np.sqrt(sums * (sums * sums))))
 
 
+def lrn_by_roots(node: Node, arguments: Given) -> Floats:
+    """LRN of beta 3/4 in several operators: ``x (1 / (sqrt(s) sqrt(sqrt(s))))``.
+
+    The convolution that sums begins at 0 with the first channel and adds the bias last. ONNX Runtime begins
+    anew after 128 channels, which is not done here: a few of a thousand sums are another float32.
+    """
+    x = floats(arguments[0])
+    size = node.integer("size", 1)
+    share, before = np.float32(node.number("alpha", 1e-4)) / np.float32(size), (size - 1) // 2
+    squares = np.pad(x * x, ((0, 0), (before, size - 1 - before), (0, 0), (0, 0)))
+    sums = np.zeros_like(x)
+    for shift in range(size):
+        sums = fused_multiply_add(squares[:, shift : shift + x.shape[1]], share, sums)
+    root = np.sqrt(sums + np.float32(node.number("bias", 1.0)))
+    return np.asarray(x * (np.float32(1) / (root * np.sqrt(root))))
+
+
 OPERATORS: dict[str, Operator] = {
     "onnxruntime.Conv": onnxruntime_sums,
     "onnxruntime.Gemm": onnxruntime_sums,
@@ -301,6 +318,7 @@ OPERATORS: dict[str, Operator] = {
     "onnxruntime.Mul": onnxruntime_multiply,
     "onnxruntime.GlobalAveragePool": onnxruntime_global_average,
     "onnxruntime.LRN": onnxruntime_lrn,
+    "onnxruntime.LRN by roots": lrn_by_roots,
     "openvino.QuantizeLinear": openvino_quantize,
     "openvino.Conv": openvino_conv,
     "openvino.ConvToFloat": openvino_sums_to_float,
@@ -309,6 +327,7 @@ OPERATORS: dict[str, Operator] = {
     "openvino.ResidualInKernel": openvino_residual_in_kernel,
     "openvino.GlobalAveragePool": openvino_global_average,
     "openvino.LRN": openvino_lrn,
+    "openvino.LRN by roots": lrn_by_roots,
 }
 
 # Which of them are convolutions or matrix products, and which put out codes.
@@ -319,4 +338,4 @@ MATRIX = frozenset(
         "openvino.ResidualInKernel",
     }
 )  # fmt: skip
-QUANTIZERS = frozenset(kind for kind in OPERATORS if not kind.endswith(("ToFloat", "LRN")))
+QUANTIZERS = frozenset(kind for kind in OPERATORS if not kind.endswith(("ToFloat", "LRN", "LRN by roots")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-from fewbit.engines.exported import MATRIX, PASSED, QUANTIZING, ExportedGraph
+from fewbit.engines.exported import PASSED, QUANTIZING, ExportedGraph
 from fewbit.engines.profile import OperatorTime
 from fewbit.engines.session import CONVERTING
 
@@ -156,9 +156,9 @@ def _float_by_choice(exported: ExportedGraph) -> frozenset[str]:
     quantized = {
         name
         for name, node in exported.nodes.items()
-        if node.op_type in MATRIX and exported.is_quantized(node.input[1])
+        if exported.is_matrix(name) and exported.is_quantized(node.input[1])
     }
-    waiting = [n for n, node in exported.nodes.items() if node.op_type in MATRIX and n not in quantized]
+    waiting = [n for n in exported.nodes if exported.is_matrix(n) and n not in quantized]
     found = set(waiting)
     while waiting:
         name = waiting.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,10 +12,11 @@ import onnx_ir as ir
 from numpy.typing import ArrayLike
 from torch import Tensor, fx, nn
 
-from fewbit import ops
+from fewbit import numerics, ops
 from fewbit.errors import NetworkError
 from fewbit.export.sizes import Shape, Sizes
 from fewbit.net import Layer, Net
+from fewbit.spec import NORM
 
 Emit = Callable[["Emitter", Layer, list[ir.Value]], ir.Value]
 EMITTERS: dict[str, Emit] = {}
@@ -271,6 +273,8 @@ def _lrn(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
             f"layer '{layer.name}': local response normalisation over {m.size} channels cannot be exported, "
             "for engines take odd numbers only; retrain it with one"
         )
+    if isinstance(m, ops.LocalResponseNorm) and m.has_roots:
+        return _norm_by_roots(e, layer, inputs[0])
     return e.add(
         "LRN",
         layer.name,
@@ -280,6 +284,24 @@ def _lrn(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
         beta=float(m.beta),
         bias=float(m.k),
     )
+
+
+def _norm_by_roots(e: Emitter, layer: Layer, x: ir.Value) -> ir.Value:
+    """Write a response normalization in operators that engines compute fast; their LRN is slow."""
+    m, name, first = layer.module, layer.name, len(e.nodes)
+    size, alpha, beta, bias = int(m.size), float(m.alpha), float(m.beta), float(m.k)  # type: ignore[arg-type]
+    channels = e.size_of_input(layer)[1]
+    weights = e.constant(f"{name}.window", numerics.window_weights(channels, size, alpha))
+    offset = e.constant(f"{name}.bias", np.full(channels, bias))
+    squares = e.add("Mul", f"{name}.squares", [x, x])
+    sums = e.add("Conv", f"{name}.sums", [squares, weights, offset], kernel_shape=[1, 1])
+    root = e.add("Sqrt", f"{name}.root", [sums])
+    power = e.add("Mul", f"{name}.power", [root, e.add("Sqrt", f"{name}.root_of_root", [root])])
+    value = e.add("Mul", name, [x, e.add("Reciprocal", f"{name}.reciprocal", [power])])
+    for node in e.nodes[first:]:
+        node.metadata_props[NORM] = name
+    e.nodes[-1].metadata_props[NORM] = json.dumps({"size": size, "alpha": alpha, "beta": beta, "bias": bias})
+    return value
 
 
 @emits("MaxPool")

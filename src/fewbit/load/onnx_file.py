@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import external_data_helper, inliner, numpy_helper
 
 from fewbit.errors import ModelFileError, first_line
+from fewbit.load.response_norms import merge_norms
 
 OLDEST_OPSET = 11
 _DOMAINS = ("", "ai.onnx")
@@ -23,6 +24,8 @@ QUANTIZED = {
 
 def read_onnx(path: Path) -> onnx.ModelProto:
     """Read an .onnx file with float weights, its functions inlined and its external data loaded.
+
+    Response normalizations that fewbit wrote in several operators are one operator again.
 
     Args:
         path: The file.
@@ -54,6 +57,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
                 "give the float32 file that it was made from"
             )
     _check_ends(model.graph, path)
+    merge_norms(model.graph)
     return model
 
 

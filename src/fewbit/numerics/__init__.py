@@ -86,6 +86,7 @@ from fewbit.numerics.operators import (
     softplus,
     subtract,
     tanh,
+    window_weights,
 )
 from fewbit.numerics.windows import (
     average_pool,
@@ -156,4 +157,5 @@ __all__ = [
     "subtract",
     "symmetric_scale",
     "tanh",
+    "window_weights",
 ]

@@ -253,6 +253,23 @@ def local_response_norm(
     return _narrow(values * (_attribute(bias) + _attribute(alpha) / size * sums) ** -_attribute(beta))
 
 
+def window_weights(channels: int, size: int, alpha: float) -> Floats:
+    """Return the 1 x 1 convolution that sums what is around each channel for `local_response_norm`.
+
+    Returns:
+        float32 ``(C, C, 1, 1)``: ``alpha / size`` from channel j to c where ``-((size - 1) // 2) <= j - c <=
+        size // 2``, else 0.
+
+    Example:
+        >>> window_weights(3, 3, 0.75)[:, :, 0, 0].tolist()
+        [[0.25, 0.25, 0.0], [0.25, 0.25, 0.25], [0.0, 0.25, 0.25]]
+    """
+    places = np.arange(channels)
+    ahead = places - places[:, None]
+    inside = (ahead >= -((size - 1) // 2)) & (ahead <= size // 2)
+    return np.asarray(inside * (np.float32(alpha) / np.float32(size)), np.float32)[:, :, None, None]
+
+
 def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
     small = np.exp(-np.abs(values))
     return np.where(values >= 0, 1.0, small) / (1.0 + small)
