@@ -153,7 +153,7 @@ def make_file(
         def batches() -> Iterator[Tensor]:
             return iter(torch.split(torch.from_numpy(network.images), _BATCH))
 
-        aim = target(kind.engine, sums_exactly(kind.engine))
+        aim = target(kind.engine, sums_exactly(kind.engine), describe_host().bf16)
         context = Context(Scheme(), aim, batches, seed)
         recipe = recipe if kind.silu is None else recipe.with_silu(kind.silu)
         recipe = recipe.with_pixels() if kind.takes == "uint8" else recipe

@@ -361,11 +361,6 @@ class LocalResponseNorm(nn.LocalResponseNorm):
     def __init__(self, norm: nn.LocalResponseNorm) -> None:
         super().__init__(int(norm.size), norm.alpha, norm.beta, norm.k)
 
-    @property
-    def has_roots(self) -> bool:
-        """Whether its power is made of square roots: ``s^-3/4 = 1 / (sqrt(s) sqrt(sqrt(s)))``."""
-        return float(self.beta) == 0.75
-
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalized (N, C, ...)."""
         if torch.is_grad_enabled() and input.requires_grad:

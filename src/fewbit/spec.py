@@ -22,8 +22,6 @@ SiluForm = Literal["gelu", "hard_swish"]
 """What takes the place of SiLU; see `fewbit.prepare.replace_silu`."""
 PASSES = "fewbit.passes"
 """Metadata of the nodes of a file that round nothing in the engine that it is for."""
-NORM = "fewbit.norm"
-"""Metadata of the nodes of a file that are one response normalization; the last one's are its numbers."""
 
 _LONGEST = 80
 

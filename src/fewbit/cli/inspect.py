@@ -224,7 +224,8 @@ def _placement(
     made, _ = run_recipe(recipe, net, image_context(few, engine, seed))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inspected.onnx"
-        export_onnx(made, path, target(engine) if recipe.places else None)
+        aim = target(engine, native_bf16=setting.float_precision == "bf16")
+        export_onnx(made, path, aim if recipe.places else None)
         tell(f"placement on {engine}", 0.95)
         with EngineProcess(engine) as process:
             session = process.open(path, setting)

@@ -54,14 +54,14 @@ def quantize(card: str, recipe: str, data: Path | None, out: Path, engine: Engin
     from fewbit.export.facts import describe_export, sums_of
     from fewbit.export.onnx_out import export_onnx
     from fewbit.load.capture import load
-    from fewbit.measure.host import sums_exactly
+    from fewbit.measure.host import describe_host, sums_exactly
     from fewbit.place.targets import target
     from fewbit.recipe import image_context, read_recipe, run_recipe
 
     given = find_card(card, take_card_facts(options))
     chosen, sums = read_recipe(recipe), options.pop("sums")
     exact = sums_exactly(engine) if sums == "auto" else sums == "exact"
-    aim = target(engine, exact)
+    aim = target(engine, exact, describe_host().bf16)
     takes: ImageInput = options.pop("takes") or chosen.takes
     if takes == "uint8":
         chosen = chosen.with_pixels()

@@ -14,7 +14,7 @@ from onnx import NodeProto, numpy_helper
 
 from fewbit.engines.session import CONVERTING
 from fewbit.errors import EngineError
-from fewbit.load.response_norms import norm_of
+from fewbit.load.response_norms import find_norms
 
 MATRIX = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _INTEGER_MATRIX = frozenset({"ConvInteger", "MatMulInteger"})
@@ -44,7 +44,7 @@ class ExportedGraph:
             for value in node.input:
                 self._readers.setdefault(value, []).append(name)
         self._results = {value.name for value in graph.output}
-        self._norms = {name for name, node in self.nodes.items() if norm_of(node)}
+        self._norms = {part.name or part.output[0] for norm in find_norms(graph.node) for part in norm.parts}
 
     def is_matrix(self, name: str) -> bool:
         """Say whether a node is a convolution or matrix product of the network's weights."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +15,12 @@ from fewbit import numerics, ops
 from fewbit.errors import NetworkError
 from fewbit.export.sizes import Shape, Sizes
 from fewbit.net import Layer, Net
-from fewbit.spec import NORM
 
 Emit = Callable[["Emitter", Layer, list[ir.Value]], ir.Value]
 EMITTERS: dict[str, Emit] = {}
 ENDS = ("input", "logits")
 _SOFTPLUS_GAP = 1e-6
+_ROOTS_POWER = 0.75
 
 
 class Emitter:
@@ -29,13 +28,14 @@ class Emitter:
 
     Args:
         net: What is exported.
+        split_norm_channels: See `fewbit.place.targets.Target`.
 
     Attributes:
         padded_before: Names of average pools whose padding stays a node of its own.
     """
 
-    def __init__(self, net: Net) -> None:
-        self.sizes = Sizes(net)
+    def __init__(self, net: Net, split_norm_channels: int = 0) -> None:
+        self.sizes, self.split_norm_channels = Sizes(net), split_norm_channels
         self.padded_before: set[str] = set()
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -273,7 +273,7 @@ def _lrn(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
             f"layer '{layer.name}': local response normalisation over {m.size} channels cannot be exported, "
             "for engines take odd numbers only; retrain it with one"
         )
-    if isinstance(m, ops.LocalResponseNorm) and m.has_roots:
+    if float(m.beta) == _ROOTS_POWER and e.size_of_input(layer)[1] <= e.split_norm_channels:
         return _norm_by_roots(e, layer, inputs[0])
     return e.add(
         "LRN",
@@ -288,20 +288,15 @@ def _lrn(e: Emitter, layer: Layer, inputs: list[ir.Value]) -> ir.Value:
 
 def _norm_by_roots(e: Emitter, layer: Layer, x: ir.Value) -> ir.Value:
     """Write a response normalization in operators that engines compute fast; their LRN is slow."""
-    m, name, first = layer.module, layer.name, len(e.nodes)
-    size, alpha, beta, bias = int(m.size), float(m.alpha), float(m.beta), float(m.k)  # type: ignore[arg-type]
-    channels = e.size_of_input(layer)[1]
-    weights = e.constant(f"{name}.window", numerics.window_weights(channels, size, alpha))
-    offset = e.constant(f"{name}.bias", np.full(channels, bias))
+    m: Any = layer.module
+    name, channels = layer.name, e.size_of_input(layer)[1]
+    weights = e.constant(f"{name}.window", numerics.window_weights(channels, int(m.size), float(m.alpha)))
+    offset = e.constant(f"{name}.bias", np.full(channels, float(m.k)))
     squares = e.add("Mul", f"{name}.squares", [x, x])
     sums = e.add("Conv", f"{name}.sums", [squares, weights, offset], kernel_shape=[1, 1])
     root = e.add("Sqrt", f"{name}.root", [sums])
     power = e.add("Mul", f"{name}.power", [root, e.add("Sqrt", f"{name}.root_of_root", [root])])
-    value = e.add("Mul", name, [x, e.add("Reciprocal", f"{name}.reciprocal", [power])])
-    for node in e.nodes[first:]:
-        node.metadata_props[NORM] = name
-    e.nodes[-1].metadata_props[NORM] = json.dumps({"size": size, "alpha": alpha, "beta": beta, "bias": bias})
-    return value
+    return e.add("Mul", name, [x, e.add("Reciprocal", f"{name}.reciprocal", [power])])
 
 
 @emits("MaxPool")

@@ -73,7 +73,7 @@ def build_onnx(
             f"{net.name}: takes preprocessed images; put the step 'fold_input' behind 'fold_bn' for a file "
             "that takes uint8 pixels"
         )
-    emitter = Emitter(net)
+    emitter = Emitter(net, 0 if target is None else target.split_norm_channels)
     float32 = ir.TensorType(ir.DataType.FLOAT)
     channels, *size = net.input_size
     shape = ir.Shape(["N", *size, channels] if image == "uint8" else ["N", channels, *size])

@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, helper, numpy_helper
 
 from fewbit.numerics import window_weights
-from fewbit.spec import NORM
 
-_NUMBERS = {"size": 0, "alpha": 1e-4, "beta": 0.75, "bias": 1.0}
-_KINDS = ["Mul", "Conv", "Sqrt", "Sqrt", "Mul", "Reciprocal", "Mul"]
+_DOMAINS = ("", "ai.onnx")
+
+
+class Norm(NamedTuple):
+    """The operators of ``x (1 / (sqrt(s) sqrt(sqrt(s))))`` with s from a 1 x 1 convolution of ``x^2``."""
+
+    x: str
+    squares: NodeProto
+    sums: NodeProto
+    root: NodeProto
+    second_root: NodeProto
+    power: NodeProto
+    reciprocal: NodeProto
+    last: NodeProto
+
+    @property
+    def parts(self) -> tuple[NodeProto, ...]:
+        """The operators, in the order in which they run."""
+        return self[1:]
+
+
+def find_norms(nodes: Sequence[NodeProto]) -> list[Norm]:
+    """Find normalizations by how operators read each other; weights are not looked at."""
+    wiring = _Wiring(nodes)
+    found = (wiring.norm_of(node) for node in nodes if node.op_type == "Reciprocal")
+    return [norm for norm in found if norm is not None]
 
 
 def merge_norms(graph: GraphProto) -> frozenset[str]:
-    """Write what `fewbit.export` wrote as seven marked operators as the one LRN that they are.
+    """Write what `fewbit.export` wrote as seven operators as the one LRN that they are.
 
-    ``x / (bias + alpha / size sum x^2)^(3/4)`` stands in a file as ``x (1 / (sqrt(s) sqrt(sqrt(s))))`` with s
-    from a 1 x 1 convolution of x^2, which engines compute several times as fast. Operators that are marked
-    but do not compute this, with the numbers of the last one's mark, are left as they are.
+    ``x / (bias + alpha / size sum x^2)^(3/4)`` stands in a file as operators that engines compute faster than
+    LRN. Those whose convolution sums something else are left as they are.
 
     Args:
         graph: With its weights in it. Changed in place.
@@ -30,73 +51,93 @@ def merge_norms(graph: GraphProto) -> frozenset[str]:
     Returns:
         The outputs of the normalizations that were written anew.
     """
-    marks = {node.output[0]: mark for node in graph.node if (mark := norm_of(node))}
-    parts: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        if node.output[0] in marks:
-            mark = marks[node.output[0]]
-            parts.setdefault(node.name if mark.startswith("{") else mark, []).append(node)
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    weights = {
-        value: numpy_helper.to_array(constants[value])
-        for nodes in parts.values()
-        for node in nodes
-        for value in node.input
-        if value in constants
-    }
-    merged, gone = dict[str, NodeProto](), set[str]()
-    for nodes in parts.values():
-        numbers = _read(marks[nodes[-1].output[0]])
-        if numbers is None or not _computes(nodes, numbers, weights):
+    merged = dict[str, NodeProto]()
+    for norm in find_norms(graph.node):
+        window, offset = (constants.get(name) for name in norm.sums.input[1:])
+        if window is None or offset is None:
             continue
-        last = nodes[-1]
-        merged[last.output[0]] = helper.make_node(
-            "LRN", [last.input[0]], list(last.output), name=last.name, **numbers
-        )
-        gone |= {node.output[0] for node in nodes[:-1]}
-    kept = [merged.get(node.output[0], node) for node in graph.node if node.output[0] not in gone]
-    del graph.node[:]
-    graph.node.extend(kept)
-    return frozenset(merged)
+        numbers = _numbers(numpy_helper.to_array(window), numpy_helper.to_array(offset))
+        if numbers is not None:
+            output = norm.last.output[0]
+            merged[output] = helper.make_node("LRN", [norm.x], [output], name=norm.last.name, **numbers)
+            for part in norm.parts[:-1]:
+                merged.setdefault(part.output[0], part)
+    whole = frozenset(name for name, node in merged.items() if node.op_type == "LRN")
+    kept, read = list[NodeProto](), {value.name for value in graph.output}
+    for node in reversed(graph.node):
+        output = node.output[0] if node.output else ""
+        if output in merged and output not in read:
+            continue  # a part that nothing else reads
+        new = merged.get(output, node)
+        read.update(new.input)
+        kept.append(new)
+    if whole:
+        kept.reverse()
+        copies = [_copy(node) for node in kept]
+        del graph.node[:]
+        graph.node.extend(copies)
+    return whole
 
 
-def norm_of(node: NodeProto) -> str:
-    """Return the mark of an operator that is a part of a response normalization, else an empty text."""
-    return next((entry.value for entry in node.metadata_props if entry.key == NORM), "")
+def _copy(node: NodeProto) -> NodeProto:
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    return copy
 
 
-def _read(mark: str) -> dict[str, Any] | None:
-    try:
-        numbers = json.loads(mark)
-    except ValueError:
+def _numbers(window: NDArray[Any], offset: NDArray[Any]) -> dict[str, Any] | None:
+    """Return the attributes of the LRN whose window a convolution sums, none where it sums another."""
+    channels = len(window) if window.ndim else 0
+    if not channels or window.shape != (channels, channels, 1, 1) or offset.shape != (channels,):
         return None
-    if not isinstance(numbers, dict) or numbers.keys() != _NUMBERS.keys():
+    if window.dtype != np.float32 or offset.dtype != np.float32 or (offset != offset[0]).any():
         return None
-    fits = all(isinstance(numbers[name], type(value)) for name, value in _NUMBERS.items())
-    return numbers if fits and numbers["size"] > 0 else None
+    rows, columns = np.nonzero(window[:, :, 0, 0])
+    if not len(rows):
+        return None
+    size = int((rows - columns).max() + (columns - rows).max()) + 1
+    near = np.float32(window[0, 0, 0, 0] * np.float32(size))
+    for alpha in (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))):
+        if np.array_equal(window, window_weights(channels, size, float(alpha))):
+            return {"size": size, "alpha": float(alpha), "beta": 0.75, "bias": float(offset[0])}
+    return None
 
 
-def _computes(
-    nodes: list[NodeProto], numbers: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]
-) -> bool:
-    """Say whether marked operators, in their order, are the normalization of these numbers."""
-    if [node.op_type for node in nodes] != _KINDS:
-        return False
-    squares, sums, root, second, power, inverse, last = nodes
-    x = squares.input[0]
-    wired = (
-        (squares.input, [x, x]),
-        (sums.input[:1], squares.output),
-        (root.input, sums.output),
-        (second.input, root.output),
-        (power.input, [root.output[0], second.output[0]]),
-        (inverse.input, power.output),
-        (last.input, [x, inverse.output[0]]),
-    )
-    if any(list(given) != list(wanted) for given, wanted in wired) or len(sums.input) != 3:
-        return False
-    window, offset = (weights.get(name) for name in sums.input[1:])
-    if window is None or offset is None or window.ndim != 4 or numbers["beta"] != 0.75:
-        return False
-    wanted = window_weights(len(window), numbers["size"], numbers["alpha"])
-    return np.array_equal(window, wanted) and bool((offset == np.float32(numbers["bias"])).all())
+class _Wiring:
+    """Who makes and who reads each value."""
+
+    def __init__(self, nodes: Sequence[NodeProto]) -> None:
+        self.makers = {output: node for node in nodes for output in node.output}
+        self.readers: dict[str, list[NodeProto]] = {}
+        for node in nodes:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def norm_of(self, reciprocal: NodeProto) -> Norm | None:
+        """Return the normalization that a Reciprocal is a part of, none where it is of none."""
+        power = self._maker(reciprocal, 0, "Mul")
+        roots = [] if power is None else [self._maker(power, place, "Sqrt") for place in (0, 1)]
+        for first, second in (roots, roots[::-1]) if len(roots) == 2 else ():
+            if power is None or first is None or second is None or second.input[0] != first.output[0]:
+                continue
+            sums = self._maker(first, 0, "Conv")
+            squares = self._maker(sums, 0, "Mul") if sums is not None and _is_pointwise(sums) else None
+            if sums is None or squares is None or squares.input[0] != squares.input[1]:
+                continue
+            x = squares.input[0]
+            for last in self.readers.get(reciprocal.output[0], []):
+                if last.op_type == "Mul" and sorted(last.input) == sorted([x, reciprocal.output[0]]):
+                    return Norm(x, squares, sums, first, second, power, reciprocal, last)
+        return None
+
+    def _maker(self, node: NodeProto, place: int, kind: str) -> NodeProto | None:
+        found = self.makers.get(node.input[place]) if len(node.input) > place else None
+        return found if found is not None and found.op_type == kind and found.domain in _DOMAINS else None
+
+
+def _is_pointwise(conv: NodeProto) -> bool:
+    """Say whether a convolution with a bias reads one place of the image at a time, and all channels."""
+    steps = {a.name: list(a.ints) or [a.i] for a in conv.attribute if a.name != "auto_pad"}
+    ones = all(set(steps.get(name, [1])) == {1} for name in ("kernel_shape", "strides", "dilations", "group"))
+    return ones and len(conv.input) == 3 and not any(steps.get("pads", []))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from fewbit.errors import RecipeError, suggest
 from fewbit.spec import Frozen
 
+_OPENVINO_NORM_CHANNELS = 256
 _SHARING = frozenset({"MaxPool", "Flatten", "Reshape", "Permute", "Slice", "Pad", "Frame", "Upsample", "Min"})
 
 
@@ -30,6 +31,8 @@ class Target(Frozen):
             engine normalizes each part alone and reads its codes faster than its values.
         slow_average_pools: An average over codes costs more than the products that a convolution saves
             behind it.
+        split_norm_channels: A response normalization of power 3/4 and up to so many channels is faster in
+            several operators, whose convolution sums over channels, than as LRN.
         exact_sums: Products of u8 and s8 are summed exactly. Else pairs of them go through 16 bits (x86
             without VNNI), and weights take 7 bits at most but in depthwise convolutions, so that they fit.
     """
@@ -44,6 +47,7 @@ class Target(Frozen):
     splits_silu: bool
     rounds_for_norms: bool = False
     slow_average_pools: bool = False
+    split_norm_channels: int = 0
     exact_sums: bool = True
 
 
@@ -57,6 +61,7 @@ TARGETS: dict[str, Target] = {
         fuses_residual=False,
         splits_silu=True,
         slow_average_pools=True,
+        split_norm_channels=512,
     ),
     "openvino": Target(
         name="openvino",
@@ -85,16 +90,21 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def target(name: str, exact_sums: bool = True) -> Target:
+def target(name: str, exact_sums: bool = True, native_bf16: bool = False) -> Target:
     """Return a Target by its engine's name.
 
     Args:
         name: The engine's.
         exact_sums: See `Target`; a property of the processor, so it is not in the table.
+        native_bf16: The processor multiplies in bf16. OpenVINO computes float operators in it there, and only
+            there is its convolution fast enough for `split_norm_channels`.
 
     Raises:
         RecipeError: There is none.
     """
     if name not in TARGETS:
         raise RecipeError(f"target '{name}'{suggest(name, TARGETS)}: there are {', '.join(TARGETS)}")
-    return TARGETS[name].model_copy(update={"exact_sums": exact_sums})
+    update: dict[str, object] = {"exact_sums": exact_sums}
+    if name == "openvino" and native_bf16:
+        update["split_norm_channels"] = _OPENVINO_NORM_CHANNELS
+    return TARGETS[name].model_copy(update=update)

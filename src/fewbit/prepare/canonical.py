@@ -25,8 +25,7 @@ class Canonical(Step):
     order of the channels of the convolutions around them; an average pool that strides moves to before a
     1 x 1 convolution (but for an engine that averages codes slowly); zero padding before a
     convolution becomes that convolution's own; a 1 x 1 convolution that pads becomes a 3 x 3 one; local
-    response normalization takes a faster form, which in a file is seven operators in the place of LRN (a
-    power of 3/4 only): x^2, a 1 x 1 convolution that sums, square roots and a product.
+    response normalization takes a faster form.
     """
 
     before = frozenset({"placed"})

@@ -77,7 +77,8 @@ class RegionProbe:
         exact_sums: bool = True,
     ) -> None:
         self.net, self.setting, self.folder, self.seed = net, setting, folder, seed
-        self.target, self.recipe = target(setting.engine, exact_sums), read_recipe(recipe)
+        self.target = target(setting.engine, exact_sums, setting.float_precision == "bf16")
+        self.recipe = read_recipe(recipe)
         self._prepared = Prepared(net)
         self.folded = self._prepared.exact(self.recipe, self._context())
         self.regions = regions_of(self.folded, self.target)

@@ -19,6 +19,7 @@ from fewbit.export.facts import describe_export, sums_of
 from fewbit.export.onnx_out import export_onnx
 from fewbit.export.packed import packed_bytes
 from fewbit.load.card import Card
+from fewbit.measure.host import describe_host
 from fewbit.net import Net
 from fewbit.place.targets import target
 from fewbit.recipe import Prepared, Recipe, image_context, read_recipe
@@ -176,7 +177,8 @@ class Workbench:
         with phase("export"):
             sums = sums_of(net, engine not in self.saturating)
             facts = describe_export(self.card, recipe, engine, self.images.calibration, sums)
-            export_onnx(net, path, target(engine) if recipe.places else None, facts, recipe.takes)
+            aim = target(engine, native_bf16=describe_host().bf16) if recipe.places else None
+            export_onnx(net, path, aim, facts, recipe.takes)
         shutil.rmtree(self._partial, ignore_errors=True)
         return Built(path, recipe, net, float_net)
 
