@@ -24,8 +24,8 @@ more, both beyond the 95 % interval of the paired measurement (ratio of speeds w
 within a sitting, the interval over sittings; difference of KL on the same image); of some hundred pairs a few
 look so by chance. "beats the solver's" counts the solver's choices that some choice of the row surely beats
 (or by the medians alone), "beaten by" those of the row that one of the solver's does. The volume is the area
-of speed and KL that a row's choices reach, as a share of what all rows' reach together: the median over
-sittings, each with its own speeds and a draw of the images, and its 95 % interval. The solver's front is
+of speed and KL that a row's choices reach, as a share of what all rows' reach together; its 95 %
+interval is over draws of the sittings and of the images, each with replacement. The solver's front is
 dominated by a row that surely reaches more, or whose choices surely beat every one that the solver has beside
 all integers and all float.
 """
@@ -33,7 +33,6 @@ all integers and all float.
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,7 +71,7 @@ Choice = tuple[bool, ...]
 Floats = NDArray[np.float64]
 _AT_ONCE, _ROUNDS, _BLOCK_S, _CALLS = 6, 8, 0.1, 4
 _PARENTS, _MUTATION, _MUTATIONS = 10, 0.1, 2.0
-_MIXES = 1000
+_MIXES, _DRAWS = 1000, 400
 _BEYOND = 0.1  # of the range, so that the ends of a front count too
 
 
@@ -169,12 +168,12 @@ def evolve_measured(subject: Subject, seconds: float, points: int) -> tuple[list
     known: dict[Choice, Floats] = {}
     waiting = [subject.floats, *map(_as_choice, subject.probe.draw(_AT_ONCE - 1, subject.seed))]
     known[subject.integers] = subject.measure([subject.integers], exact)[0]
-    took = 0.0
-    while waiting and time.perf_counter() - begin + took < seconds:
+    while waiting:
         start = time.perf_counter()
         known |= dict(zip(waiting, subject.measure(waiting, exact), strict=True))
-        took = time.perf_counter() - start
-        waiting = _children(known, rng)
+        now = time.perf_counter()
+        room = (seconds - (now - begin)) / ((now - start) / len(waiting))  # of the last generation, a part
+        waiting = _children(known, rng)[: max(0, int(room))]
     choices, values = list(known), np.array(list(known.values()))
     best = sorted(np.flatnonzero(ranks(values) == 0), key=lambda place: values[place, 0])
     return _some([choices[place] for place in best], points), len(known)
@@ -265,21 +264,26 @@ class Judged:
         spread = 1.96 * apart.std(-1, ddof=1) / np.sqrt(apart.shape[-1])
         return np.asarray((np.array(low) > 1) & (apart.mean(-1) + spread < 0))
 
-    def volumes(self, sets: Sequence[Sequence[int]], rng: np.random.Generator) -> Floats:
-        """Return the share of the whole volume that sets reach in each sitting (sittings, sets).
+    def volumes(self, sets: Sequence[Sequence[int]], rng: np.random.Generator) -> tuple[Floats, Floats]:
+        """Return the share of the whole volume that sets reach (sets,), and draws of it (draws, sets).
 
-        Each sitting has its own speeds, and a draw of the images with replacement, so that what differs
-        between sittings is what chance there is in both. The corner is that of all sittings and images.
+        Each draw takes sittings with replacement, and images with replacement, the same for all its sittings:
+        what they share is no less uncertain for being met in each.
         """
         taken = np.median(self.rates / self.rates.mean(-1, keepdims=True), 1)
         speed, loss = np.median(taken, 0), self.kl.mean(1)
         corner = speed.min() - _BEYOND * np.ptp(speed), loss.max() + _BEYOND * np.ptp(loss)
-        found = []
-        for speed in taken:
-            loss = self.kl[:, rng.integers(self.kl.shape[1], size=self.kl.shape[1])].mean(1)
+
+        def shares(speed: Floats, loss: Floats) -> list[float]:
             whole = volume(speed, loss, corner)
-            found.append([volume(speed[list(s)], loss[list(s)], corner) / whole for s in sets])
-        return np.array(found)
+            return [volume(speed[list(s)], loss[list(s)], corner) / whole for s in sets]
+
+        drawn = []
+        for _ in range(_DRAWS):
+            sittings = rng.integers(len(taken), size=len(taken))
+            images = rng.integers(self.kl.shape[1], size=self.kl.shape[1])
+            drawn.append(shares(np.median(taken[sittings], 0), self.kl[:, images].mean(1)))
+        return np.array(shares(speed, loss)), np.array(drawn)
 
 
 def _take_turns(sessions: Sequence[RemoteSession], rounds: int, rng: np.random.Generator) -> Floats:
@@ -367,13 +371,12 @@ def compare(
     """Return what each method's choices are worth; what everybody has counts for all volumes."""
     sets = {name: sorted({judged.places[choice] for choice in choices}) for name, choices in found.items()}
     reach = [[*places, *(judged.places[choice] for choice in both)] for places in sets.values()]
-    volumes = judged.volumes(reach, np.random.default_rng(seed))
+    reached, drawn = judged.volumes(reach, np.random.default_rng(seed))
+    solver_at = list(sets).index(SOLVER)
     sure, nominal, solver = judged.beats(True), judged.beats(False), sets[SOLVER]
     own = [place for place in solver if place not in {judged.places[choice] for choice in both}]
     rows_found = []
     for place, (name, places) in enumerate(sets.items()):
-        reached = volumes[:, place].tolist()
-        more = (volumes[:, place] - volumes[:, list(sets).index(SOLVER)]).tolist()
         rows_found.append(
             {
                 "row": name,
@@ -385,13 +388,18 @@ def compare(
                 "beats_solver_by_medians": int(nominal[np.ix_(places, solver)].any(0).sum()),
                 "beaten_by_solver": int(sure[np.ix_(solver, places)].any(0).sum()),
                 "beaten_by_solver_by_medians": int(nominal[np.ix_(solver, places)].any(0).sum()),
-                "volume": statistics.median(reached),
-                "volume_interval95": _ends(median_interval(reached)),
-                "more_volume": statistics.median(more),
-                "more_volume_interval95": _ends(median_interval(more)),
+                "volume": float(reached[place]),
+                "volume_interval95": _middle(drawn[:, place]),
+                "more_volume": float(reached[place] - reached[solver_at]),
+                "more_volume_interval95": _middle(drawn[:, place] - drawn[:, solver_at]),
             }
         )
     return rows_found
+
+
+def _middle(drawn: Floats) -> list[float]:
+    """Return what the middle 95 % of draws lie between."""
+    return [float(end) for end in np.quantile(drawn, (0.025, 0.975))]
 
 
 def _ends(interval: Interval) -> list[float]:

@@ -220,8 +220,8 @@ def hold_sittings(
     return [found[place] for place in range(len(entrants))]
 
 
-def choose_fastest(entrants: Sequence[Entrant], seconds: float, seed: int) -> tuple[Standing, float]:
-    """Return the fastest of entrants and its images a second; where none runs, one that says why, and 0.
+def choose_fastest(entrants: Sequence[Entrant], seconds: float, seed: int) -> Standing:
+    """Return the fastest of entrants; where none runs, one that says why.
 
     Args:
         entrants: One or more.
@@ -235,8 +235,8 @@ def choose_fastest(entrants: Sequence[Entrant], seconds: float, seed: int) -> tu
         best = next((one for one in ranked if one.images_per_s and not runners[one.place].failed), None)
         failed = [found[place].failed for place in sorted(found)] + [runner.failed for runner in runners]
     if best is None:
-        return Standing(entrants[0], failed=next(filter(None, failed), "it was not tried")), 0.0
-    return Standing(runners[best.place].entrant), best.images_per_s
+        return Standing(entrants[0], failed=next(filter(None, failed), "it was not tried"))
+    return Standing(runners[best.place].entrant)
 
 
 def _open_all(

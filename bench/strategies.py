@@ -4,7 +4,8 @@
     python bench/strategies.py CARD --budget "top5-error<=17%" --budget "top1-drop<=1%" --recipes int8,float32
 
 For each card: `fewbit search` runs once a budget; its study is kept in `--studies`, and not run again where
-it is there. Then stand side by side: the searches' answers; fewbit's shipped recipes on both engines; the
+it is there; in the minutes that are the default it tries no mixes of int8 and float, which take eight. Then
+stand side by side: the searches' answers; fewbit's shipped recipes on both engines; the
 peers of `speed.py` that are files (not torch.compile), calibrated on the images that calibrated the searches.
 Each but the answers runs at the fastest of `--batches` and of one stream of all threads or a stream a thread,
 found by a survey.
@@ -42,14 +43,15 @@ from rich.console import Console
 from fewbit.cli.options import COUNT, Numbers
 from fewbit.data.image_set import ImageSet
 from fewbit.errors import EngineError, FewbitError
+from fewbit.files import write_text
 from fewbit.load.card import Card, read_card
 from fewbit.measure.accuracy import Predictions
-from fewbit.measure.host import describe_host, usable_cores
+from fewbit.measure.host import describe_host, usable_cores, versions
 from fewbit.recipe import read_recipe
 from fewbit.search.budget import parse_budget
 from fewbit.search.study import read_study
 from fewbit.search.trial import DataRecord, StudyRecord
-from speed import keep, read_rows
+from speed import read_rows
 from speed_turns import Entrant, Pace, Standing, choose_fastest, hold_sittings, measure_all
 from strategies_field import (
     FLOATS,
@@ -101,13 +103,18 @@ def search(
     study = read_study(out)
     if study.answer is None:
         raise click.ClickException(f"{out}: the search found no network that runs; see {out / 'report.html'}")
-    kept = (study.budgets, study.seed, study.data.images_digest, study.host.cpu)
-    if kept != ((budget,), seed, data.images_digest, describe_host().cpu):
-        raise click.ClickException(
-            f"{out}: is a search for {', '.join(study.budgets)}, seed {study.seed}, on images "
-            f"{study.data.images_digest} and {study.host.cpu}, which is another one; delete it or give "
-            "another folder with --studies"
-        )
+    host = describe_host()
+    asked = {"budget": (budget,), "seed": seed, "images": data.images_digest, "minutes": options["minutes"]}
+    asked |= {"processor": (host.cpu, host.isa, host.bf16), "versions": versions()}
+    kept = {"budget": study.budgets, "seed": study.seed, "images": study.data.images_digest}
+    kept |= {"minutes": study.minutes, "versions": study.versions}
+    kept |= {"processor": (study.host.cpu, study.host.isa, study.host.bf16)}
+    for name, wanted in asked.items():
+        if kept[name] != wanted:
+            raise click.ClickException(
+                f"{out}: is another search: its {name} is {kept[name]}, asked for is {wanted}; delete it or "
+                "give another folder with --studies"
+            )
     return Searched(budget, out, study)
 
 
@@ -124,25 +131,29 @@ def slug(budget: str) -> str:
     return budget.lower()
 
 
-def choose_ways(strategies: Sequence[Strategy], pace: Pace, tell: Tell) -> tuple[list[Standing], int | None]:
-    """Return the fastest way of each strategy, and the place of the fastest one in float32."""
-    standings, best, fastest = list[Standing](), 0.0, None
-    for place, strategy in enumerate(strategies):
+def choose_ways(strategies: Sequence[Strategy], pace: Pace, tell: Tell) -> list[Standing]:
+    """Return the fastest way of each strategy."""
+    standings = []
+    for strategy in strategies:
         tell(f"surveying {strategy.name}")
         if strategy.ways:
-            chosen, images_per_s = choose_fastest(strategy.ways, pace.survey_s, pace.seed)
+            standings.append(choose_fastest(strategy.ways, pace.survey_s, pace.seed))
         else:
-            chosen, images_per_s = Standing(_absent(strategy), failed=strategy.failed), 0.0
-        standings.append(chosen)
-        if strategy.form == "float32" and images_per_s > best:
-            best, fastest = images_per_s, place
-    return standings, fastest
+            standings.append(Standing(_absent(strategy), failed=strategy.failed))
+    return standings
 
 
-def measure_network(
-    strategies: Sequence[Strategy], chosen: list[Standing], baseline: int | None, pace: Pace, tell: Tell
-) -> list[Standing]:
+def fastest_float(chosen: Sequence[Standing], pace: Pace) -> int | None:
+    """Return the place of what is fastest in float32, those that compute in it taking turns."""
+    floats = [p for p, one in enumerate(chosen) if one.entrant.form == "float32" and not one.failed]
+    found = measure_all([chosen[place].entrant for place in floats], pace.first_rounds, None, pace)
+    speeds = [one.timing.images_per_s if one.timing is not None else 0.0 for one in found]
+    return max(zip(speeds, floats, strict=True), default=(0.0, None))[1]
+
+
+def measure_network(chosen: list[Standing], pace: Pace, tell: Tell) -> list[Standing]:
     """Time every strategy at its fastest way in one sitting, against the fastest one in float32."""
+    baseline = fastest_float(chosen, pace)
     alive = [place for place, standing in enumerate(chosen) if not standing.failed]
     base = alive.index(baseline) if baseline is not None else None
     tell(f"{len(alive)} strategies take turns")
@@ -150,7 +161,6 @@ def measure_network(
     standings = list(chosen)
     for place, standing in zip(alive, found, strict=True):
         standings[place] = standing
-    assert len(standings) == len(strategies)
     return standings
 
 
@@ -178,9 +188,7 @@ def judge(
     names = [strategy.name for strategy in strategies]
     exact = next((f for name, f in zip(names, found, strict=True) if f and name.startswith(_EXACT)), None)
     if exact is None:
-        raise click.ClickException(
-            "no engine runs the network in float32, so there is nothing to compare with"
-        )
+        raise click.ClickException(f"{_EXACT} does not run, and all accuracies are compared with it")
     return found, exact
 
 
@@ -200,8 +208,7 @@ def measure_card(source: str, options: dict[str, Any], pace: Pace, tell: Tell) -
         peers = peer_strategies(bench, source, folder / "peers", options["peers"], batches, threads, seed)
         strategies = [*answers, *own, *peers]
         found, exact = judge(strategies, (bench.images.search, bench.images.holdout), tell)
-        chosen, baseline = choose_ways(strategies, pace, tell)
-        standings = measure_network(strategies, chosen, baseline, pace, tell)
+        standings = measure_network(choose_ways(strategies, pace, tell), pace, tell)
         rows = []
         for one, standing in zip(searched, standings, strict=False):
             tell(f"sittings of the answer to {one.budget}")
@@ -262,8 +269,10 @@ def main(cards: tuple[str, ...], rows_path: Path | None, as_json: bool, **option
     """Measure every strategy on each card and print the tables."""
     check_inputs(cards, options)
     pace = Pace.of_options(options)
-    asked = json.dumps({name: options[name] for name in _SHAPING})
-    kept = [row for row in read_rows(rows_path) if row["asked"] == asked]
+    machine = {"processor": describe_host().cpu, "versions": versions()}
+    asked = json.dumps({name: options[name] for name in _SHAPING} | machine)
+    every = read_rows(rows_path)
+    kept = [row for row in every if row["asked"] == asked]
     rows = list[Row]()
     for source in cards:
         found = [row for row in kept if row["source"] == source]
@@ -278,7 +287,9 @@ def main(cards: tuple[str, ...], rows_path: Path | None, as_json: bool, **option
                 raise click.UsageError(str(error)) from error
             common = {"network": read_card(source).network.name, "source": source, "asked": asked}
             found = [common | {"of": len(found)} | row for row in found]
-            keep(found, rows_path)
+            if rows_path is not None:
+                every = [row for row in every if (row["source"], row["asked"]) != (source, asked)] + found
+                write_text(rows_path, "".join(f"{json.dumps(row)}\n" for row in every))
         rows += found
     if as_json:
         print(json.dumps(rows, indent=1))

@@ -95,6 +95,8 @@ def answer_row(budget: str, study: StudyRecord, standings: Sequence[Standing], s
     if answer.timing is not None:
         row |= {"images_per_s": answer.timing.images_per_s, "interval95": _ends(answer.timing.interval)}
         row |= {"rounds": answer.timing.rounds}
+    else:
+        row["failed"] = answer.failed
     row["over"] = {
         other.entrant.name: {
             "how": other.entrant.how,
@@ -161,7 +163,9 @@ def _answers(rows: Sequence[Row]) -> Table:
             row["budget"],
             f"{row['recipe']}, {row['how']}" + ("" if row["found"] else " (nothing is inside; the nearest)"),
             f"{value}, {row['holdout_images']:,} images, {state}",
-            _cell(row["images_per_s"], row["interval95"], 1, ",.0f") if "images_per_s" in row else "",
+            _cell(row["images_per_s"], row["interval95"], 1, ",.0f")
+            if "images_per_s" in row
+            else escape(f"failed: {row['failed'][:80]}"),
             *(_over(over.get(name)) for name in ("onnxruntime float32", "openvino float32")),
             "" if peer is None else f"{peer}, {over[peer]['how']}",
             "" if peer is None else _over(over[peer]),

@@ -13,9 +13,9 @@ import torch
 from onnx import numpy_helper
 
 from command import Fewbit, command
+from fewbit.engines.limit import ISA_LIMIT
 from fewbit.engines.process import EngineProcess
 from fewbit.engines.reference import Reference
-from fewbit.engines.saturation import ISA_LIMIT
 from fewbit.engines.session import Setting
 from fewbit.export.onnx_out import export_onnx
 from fewbit.measure.host import describe_host

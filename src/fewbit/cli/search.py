@@ -66,7 +66,11 @@ def parse_engines(text: str, option: str = "--engines") -> tuple[Any, ...]:
     show_default=True,
     help="What the answer may take: preprocessed images only, or uint8 pixels (N, H, W, C) too.",
 )
-@click.option("--minutes", type=float, help="End after so long with the best found.")
+@click.option(
+    "--minutes",
+    type=float,
+    help="End after so long with the best found; with fewer than 8, no mixes of int8 and float are tried.",
+)
 @click.option("--trials", type=int, help="End after so many trials with the best found.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,13 +11,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from fewbit.engines.limit import onednn_limit
 from fewbit.engines.process import EngineProcess
 from fewbit.engines.session import EngineName, Setting
 from fewbit.errors import EngineError
 
 _INPUTS, _OUTPUTS = 64, 32
 _STEPS = 100
-ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"
 
 
 def may_saturate(lacks_vnni: bool) -> bool:
@@ -27,7 +26,7 @@ def may_saturate(lacks_vnni: bool) -> bool:
     Args:
         lacks_vnni: See `fewbit.measure.host.Host.saturates_u8s8`.
     """
-    return lacks_vnni or os.environ.get(ISA_LIMIT, "ALL").upper() not in ("ALL", "DEFAULT")
+    return lacks_vnni or onednn_limit() != "ALL"
 
 
 def saturating_engines(engines: Sequence[EngineName], lacks_vnni: bool) -> tuple[EngineName, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from fewbit.engines.limit import onednn_limit
 from fewbit.engines.session import EngineName, Rounding
 from fewbit.spec import Frozen
 
@@ -111,16 +112,10 @@ def rounding_of(engine: EngineName, host: Host) -> Rounding:
     """
     if engine == "reference":
         return "exact"
-    allowed = onednn_limit() in ("ALL", "DEFAULT") or "AMX" in onednn_limit()
+    allowed = onednn_limit() == "ALL" or "AMX" in onednn_limit()
     if engine == "openvino" and allowed and {"amx_int8", "amx_bf16"} <= set(host.isa):
         return "openvino_amx"
     return engine
-
-
-def onednn_limit() -> str:
-    """Return what oneDNN, and with it OpenVINO, is told to take the processor for; "ALL" for no limit."""
-    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-    return next(filter(None, (os.environ.get(name, "") for name in names)), "ALL").upper()
 
 
 def forbids_bf16() -> bool:

@@ -11,12 +11,13 @@ from fewbit.clock import phase
 from fewbit.data.image_set import ImageSet
 from fewbit.data.images import ImageSource, open_images
 from fewbit.data.sample import choose_balanced, split
+from fewbit.engines.limit import onednn_limit
 from fewbit.engines.session import EngineName
 from fewbit.errors import DataError
 from fewbit.load.capture import load
 from fewbit.load.card import Card, ExpectedSection
 from fewbit.measure.accuracy import Accuracy
-from fewbit.measure.host import Host, onednn_limit
+from fewbit.measure.host import Host
 from fewbit.net import Net
 from fewbit.search.journal import Part
 from fewbit.search.options import StudyOptions

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fewbit.engines.session import FloatPrecision
 from fewbit.search.answer import finalists
 from fewbit.search.family import GAIN_OF_PIXELS, Family
-from fewbit.search.mixed_precision import Mix
+from fewbit.search.mixed_precision import WORTH, Mix
 from fewbit.search.proposal import Aids, Proposal
 from fewbit.search.standing import FAR, GAINS_OF_SILU, Pair, Standing
 from fewbit.search.trial import Trial
@@ -26,8 +26,6 @@ BETTER_RANGES = ("int8-moving-average", "int8-percentile", "int8-mse")
 CORRECTED = ("int8-equalized",)
 RECONSTRUCTED = ("int8-reconstructed",)
 WEIGHTS_ONLY = "int8-weights-only"
-_FASTER = 0.97
-"""A mix is tried for speed where its predicted time is less than this share of all integers'."""
 
 
 class Rung(NamedTuple):
@@ -230,7 +228,7 @@ def _next_mix(view: Standing, pair: Pair, base: str, mixes: Sequence[Mix], insid
     holds it is searched for by halving, since what a choice loses falls along the front.
     """
     if inside:
-        new = mixes and mixes[0].keep_float and mixes[0].ratio < _FASTER
+        new = mixes and mixes[0].keep_float and mixes[0].ratio < WORTH
         return 0 if new and not view.has(*pair, _mixed_name(base, 0)) else None
     low, high = -1, len(mixes)
     while high - low > 1:

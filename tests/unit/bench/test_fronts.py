@@ -86,6 +86,19 @@ def test_rows_are_counted_against_the_solvers() -> None:
     assert list(rows.values()) == again  # same seed, same intervals
 
 
+def test_what_all_sittings_share_is_not_surer_for_more_of_them() -> None:
+    """The error of the images is common to all sittings."""
+    seen, took = judged([1.0, 1.2], [0.5, 0.45]), dict.fromkeys((SOLVER, "other"), (60.0, 0.1))
+    seen.kl = np.abs(np.array([[0.5], [0.45]]) + np.random.default_rng(1).normal(0, 0.4, (2, 40)))
+    widths = []
+    for times in (1, 4):
+        seen.rates = np.tile(seen.rates, (times, 1, 1))
+        (_, row) = compare(seen, {SOLVER: [A], "other": [B]}, took, [], 0)
+        low, high = row["more_volume_interval95"]
+        widths.append(high - low)
+    assert 0.8 < widths[1] / widths[0] < 1.25 and widths[0] > 0.05
+
+
 def test_children_are_new_and_differ() -> None:
     known = {A: np.array([1.0, 0.5]), D: np.array([0.8, 0.9])}
     made = _children(known, np.random.default_rng(0))
@@ -120,6 +133,7 @@ def test_every_row_hands_over_different_choices_within_the_number(row: str) -> N
     assert all(len(choice) == 6 for choice in found)
 
 
+@pytest.mark.slow
 def test_it_runs_on_the_demo_and_keeps_to_the_seconds() -> None:
     script = Path(__file__).resolve().parents[3] / "bench" / "fronts.py"
     card = next(path for path in demo_cards() if "depthwise" in path.name)

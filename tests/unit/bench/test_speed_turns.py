@@ -194,11 +194,10 @@ def test_the_fastest_way_is_found_and_a_failing_one_is_passed_over(entered: Fiel
     entered.add("fast", Made(100))
     entered.add("dies", Made(500, fails_after=1))
     entered.add("dies late", Made(500, fails_after=6))
-    best, images_per_s = choose_fastest(entered.entrants, 0.2, 0)
-    assert best.entrant.name == "fast" and images_per_s == pytest.approx(100) and not best.failed
+    best = choose_fastest(entered.entrants, 0.2, 0)
+    assert best.entrant.name == "fast" and not best.failed
     assert all(made.closed == made.opened for made in entered.made.values())
-    nobody, speed = choose_fastest(entered.entrants[:1], 0.2, 0)
-    assert nobody.failed == "no such kernel" and speed == 0.0
+    assert choose_fastest(entered.entrants[:1], 0.2, 0).failed == "no such kernel"
 
 
 def test_all_take_turns_once_with_ratios_to_the_baseline(entered: Field) -> None:

@@ -7,11 +7,12 @@ import onnx
 import pytest
 
 from fewbit.engines import saturation
+from fewbit.engines.limit import ISA_LIMIT, onednn_limit
 from fewbit.engines.reference import Reference
-from fewbit.engines.saturation import ISA_LIMIT, may_saturate, saturates, saturating_engines
+from fewbit.engines.saturation import may_saturate, saturates, saturating_engines
 from fewbit.engines.session import EngineName, Setting
 from fewbit.errors import EngineCrashed
-from fewbit.measure.host import describe_host
+from fewbit.measure.host import describe_host, forbids_bf16
 
 ENGINES: tuple[EngineName, ...] = ("onnxruntime", "openvino")
 on_x86 = pytest.mark.skipif(
@@ -47,6 +48,19 @@ def test_a_processor_without_vnni_as_openvino_is_told_to_be_one(
     monkeypatch.setenv(ISA_LIMIT, limit)
     assert saturates("openvino") is expected
     assert may_saturate(lacks_vnni=False)
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_either_name_of_the_limit_counts_and_default_is_none(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(other, raising=False)
+    assert onednn_limit() == "ALL" and not may_saturate(lacks_vnni=False)
+    monkeypatch.setenv(name, "default")
+    assert onednn_limit() == "ALL" and not may_saturate(lacks_vnni=False)
+    monkeypatch.setenv(name, "avx512_core")
+    assert onednn_limit() == "AVX512_CORE" and may_saturate(lacks_vnni=False) and forbids_bf16()
 
 
 def test_nothing_is_asked_where_the_processor_has_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
