@@ -8,10 +8,10 @@ over at most `--points` choices:
 
 - "tables" are what fewbit searches with: the times of regions by the engine's profiler, the KL divergence of
   each region in integers, and the times of mixes, as many as the seconds allow, to correct the times with:
-  all integers and all float, 16 random ones, then those on the solver's front. `integer_program` (that
-  front), `greedy`, `evolve` and `differentiable` (each at evenly spaced limits of time) choose by the same
-  tables, whose seconds are each one's measuring time. "uncorrected" is the solver on the profiler's times.
-  "by sensitivity" leaves the regions in float that lose most, whatever they cost.
+  all integers and all float, 16 random ones, then those on the solver's front. `integer_program` (what
+  reaches most of its front of 24), `greedy`, `evolve` and `differentiable` (each at evenly spaced limits of
+  time) choose by the same tables, whose seconds are each one's measuring time. "uncorrected" is the solver on
+  the profiler's times. "by sensitivity" leaves the regions in float that lose most, whatever they cost.
 - "evolve, measured" knows no table: each of its choices is a calibrated file that is timed in turns with the
   all-integer one and whose answers' KL divergence from float32 is taken on the images that the tables'
   sensitivities are from. It is multi-objective (NSGA-II), crossover 0.5, each gene flipped at 0.1 (2 genes
@@ -71,7 +71,7 @@ Choice = tuple[bool, ...]
 Floats = NDArray[np.float64]
 _AT_ONCE, _ROUNDS, _BLOCK_S, _CALLS = 6, 8, 0.1, 4
 _PARENTS, _MUTATION, _MUTATIONS = 10, 0.1, 2.0
-_MIXES, _DRAWS = 1000, 400
+_MIXES, _DRAWS, _FRONT = 1000, 400, 24
 _BEYOND = 0.1  # of the range, so that the ends of a front count too
 
 
@@ -142,9 +142,11 @@ def measure_tables(subject: Subject, seconds: float) -> tuple[RegionLatency, Reg
 
 
 def by_tables(problem: Problem, name: str, points: int, seed: int) -> list[Choice]:
-    """Return what a row of the registry chooses at evenly spaced limits; the solver has its whole front."""
+    """Return what a row of the registry chooses at evenly spaced limits, the solver from its front."""
     if name == SOLVER:
-        return [_choice(problem, found) for found in front(problem, "ms", points=points).points]
+        whole = front(problem, "ms", points=max(points, _FRONT)).points
+        ms, loss = np.array([p.costs["ms"] for p in whole]), np.array([p.loss for p in whole])
+        return [_choice(problem, whole[place]) for place in reach_most(-ms, loss, points)]
     fastest, surest = solve(problem, {}, "ms"), solve(problem, {})
     assert fastest is not None and surest is not None
     search, found = find("search", name)(), []
@@ -152,6 +154,23 @@ def by_tables(problem: Problem, name: str, points: int, seed: int) -> list[Choic
         answer = search.search(problem, {"ms": float(limit)}, seed)
         found += [] if answer is None else [_choice(problem, answer)]
     return list(dict.fromkeys(found))
+
+
+def reach_most(speed: Floats, loss: Floats, points: int) -> list[int]:
+    """Return the places of so many points that reach nearly as much volume as all.
+
+    Whatever takes least away goes first.
+
+    Example:
+        >>> reach_most(np.array([1.0, 1.1, 3.0, 4.0]), np.array([0.0, 0.1, 0.2, 1.0]), 3)
+        [0, 2, 3]
+    """
+    corner = speed.min() - _BEYOND * np.ptp(speed) - 1e-9, loss.max() + _BEYOND * np.ptp(loss) + 1e-9
+    kept = list(range(len(speed)))
+    while len(kept) > points:
+        without = [[place for place in kept if place != gone] for gone in kept]
+        kept = max(without, key=lambda places: volume(speed[places], loss[places], corner))
+    return kept
 
 
 def by_sensitivity(losses: Mapping[str, float], points: int) -> list[Choice]:
