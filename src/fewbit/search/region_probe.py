@@ -281,9 +281,7 @@ class RegionProbe:
         """
         place, owner = self._place_of_layers(), list[int]()
         for operator in operators:
-            # A layer that is several operators in the file gives them its name with a dot and more.
-            layers = [layer if layer in place else layer.rpartition(".")[0] for layer in operator.layers]
-            owners = [place[layer] for layer in layers if layer in place]
+            owners = [place[layer] for layer in operator.layers if layer in place]
             owners = owners or [owner[source] for source in operator.flow.sources if source < len(owner)]
             owner.append(owners[-1] if owners else 0)
         at, ms = np.array(owner, np.int64), np.array([operator.ms for operator in operators])

@@ -172,3 +172,18 @@ def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
     assert not np.array_equal(made.draw(20, 3), made.draw(20, 4))
     shares = made.draw(400, 0).mean(1)
     assert shares.min() < 0.1 and shares.max() > 0.9
+
+
+def test_a_layer_of_several_operators_costs_what_they_all_do(tmp_path: Path) -> None:
+    norm = nn.LocalResponseNorm(5)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    setting = Setting(engine="onnxruntime", batch=2)
+    made = RegionProbe(capture(model.eval(), "normed", (3, 12, 12)), setting, tmp_path)
+    (place,) = (at for at, region in enumerate(made.regions) if "1" in region.layers)
+    with EngineProcess("onnxruntime") as process:
+        operators = process.open(made.file(np.zeros(len(made.regions), bool)), setting).profile(2)
+    parts = [o for o in operators if any(name == "1" or name.startswith("1.") for name in o.layers)]
+    assert len(parts) >= 5 and any("1.sums" in o.layers for o in parts)
+    ms, counts = made._by_region(operators)
+    assert ms[place] >= sum(o.ms for o in parts) and counts[place] >= len(parts)
+    assert ms.sum() == pytest.approx(sum(o.ms for o in operators))
