@@ -157,7 +157,8 @@ def make_file(
         context = Context(Scheme(), aim, batches, seed)
         recipe = recipe if kind.silu is None else recipe.with_silu(kind.silu)
         recipe = recipe.with_pixels() if kind.takes == "uint8" else recipe
-        export_onnx(run_recipe(recipe, network.net, context)[0], path, aim, image=kind.takes)
+        made, _ = run_recipe(recipe, network.net, context)
+        export_onnx(made, path, aim if recipe.places else None, image=kind.takes)
     return path
 
 

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import onnx
 import pytest
+import torch
+from torch import nn
 
 import speed_answers
+from fewbit.load.capture import capture
 from fewbit.measure.host import describe_host
 from networks import WHOLE_RANGE, make_images, make_net
 from speed_answers import Candidate, candidates
 from speed_networks import Network
+from speed_peers import PeerFiles
 
 
 def network(ranged: bool = True) -> Network:
@@ -59,3 +65,13 @@ def test_where_integers_are_the_fastest_there_is_no_mix(tmp_path: Path, asked: l
     assert set(map(tuple, found.values())) == {((1, 1),)} and asked == [1]
     candidates(network(ranged=False), tmp_path, 1, 2, 0)
     assert asked == [1]  # that there is none is kept too
+
+
+def test_peers_get_a_response_norm_as_it_was_captured(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = capture(model.eval(), "normed", (3, 16, 16))
+    given = Network("normed", "normed", net, torch.rand(8, 3, 16, 16).numpy())
+    files = PeerFiles(given, tmp_path, sys.executable, 1, 0)
+    own = speed_answers.make_file(given, speed_answers.Kind("int8", "onnxruntime"), tmp_path, 0)
+    kinds = [[node.op_type for node in onnx.load(path).graph.node] for path in (files.float32(), own)]
+    assert kinds[0].count("LRN") == 1 and "LRN" not in kinds[1]
