@@ -104,9 +104,18 @@ def search(
     if study.answer is None:
         raise click.ClickException(f"{out}: the search found no network that runs; see {out / 'report.html'}")
     host = describe_host()
-    asked = {"budget": (budget,), "seed": seed, "images": data.images_digest, "minutes": options["minutes"]}
+    asked: dict[str, object] = {
+        "budget": budget,
+        "seed": seed,
+        "images": data.images_digest,
+        "minutes": options["minutes"],
+    }
     asked |= {"processor": (host.cpu, host.isa, host.bf16), "versions": versions()}
-    kept = {"budget": study.budgets, "seed": study.seed, "images": study.data.images_digest}
+    kept: dict[str, object] = {
+        "budget": ", ".join(study.budgets),
+        "seed": study.seed,
+        "images": study.data.images_digest,
+    }
     kept |= {"minutes": study.minutes, "versions": study.versions}
     kept |= {"processor": (study.host.cpu, study.host.isa, study.host.bf16)}
     for name, wanted in asked.items():

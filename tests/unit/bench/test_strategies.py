@@ -137,7 +137,10 @@ def test_it_runs_on_a_small_card(tmp_path: Path) -> None:
     kept = tmp_path / "studies" / "tiny-top1-drop-le-30-0"
     kept.rename(kept.with_name("tiny-top1-drop-le-20-0"))
     wrong = run(card, budget="top1-drop<=20%")
-    assert wrong.returncode == 1 and "is a search for top1-drop<=30%, seed 0" in wrong.stderr
+    assert (
+        wrong.returncode == 1
+        and "is another search: its budget is top1-drop<=30%, asked for is top1-drop<=20%;" in wrong.stderr
+    )
 
 
 def test_what_cannot_be_used_is_told_before_anything_is_measured(tmp_path: Path) -> None:
